@@ -1,0 +1,1 @@
+"""flashinf: exact quasi-linear autoregressive inference through torch.compile."""

@@ -1,0 +1,1 @@
+"""The table of increments, one file per mixer."""

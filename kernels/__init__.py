@@ -1,0 +1,1 @@
+"""Pure numeric functions, one per file: reference first, then the fast forms."""

@@ -1,0 +1,1 @@
+"""Generic walkers over programs, one per file; they name no operator and no mixer."""
