@@ -1,0 +1,230 @@
+"""trace: from a module to a :class:`Program`, through ``torch.export`` for both doors.
+
+``decoder`` and ``explain`` hand over the user's module; the backend hands over the module Dynamo made,
+whose parameters arrive as arguments. Both are exported with a dynamic length (and batch), functionalised,
+and read back as a program with its guards evaluated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.export.graph_signature import InputKind, OutputKind
+
+from .errors import Refusal, Unsupported
+from .program import Input, Kind, Lengths, Program
+from .symbolic import evaluate_at
+
+_KINDS = {
+    InputKind.PARAMETER: Kind.PARAMETER,
+    InputKind.BUFFER: Kind.BUFFER,
+    InputKind.CONSTANT_TENSOR: Kind.CONSTANT,
+    InputKind.USER_INPUT: Kind.SEQUENCE,
+}
+# Guards are evaluated up to here to learn which lengths they admit; far beyond any capacity in use.
+_HORIZON = 1 << 21
+_MOST_HOLES = 64
+
+
+def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None) -> Program:
+    """Export ``model`` on a sequence like ``example`` ([B, s] ids or [B, s, D] features).
+
+    ``length`` is the capacity wanted: the trace is made near it, because Python control flow is recorded
+    for the length it met. Raises :class:`Unsupported` when the model cannot be traced.
+    """
+    failures: list[Exception] = []
+    for trace_length in _trace_lengths(model, example, length):
+        for batch in (3, example.shape[0]):
+            try:
+                exported = _export(model, _resized(example, batch, trace_length), batch > 1)
+                return _read(exported, model, example)
+            except Unsupported:
+                raise
+            except Exception as error:
+                failures.append(error)
+            if batch == example.shape[0]:
+                break
+    raise Unsupported(_trace_refusal(failures[0])) from failures[0]
+
+
+def _trace_lengths(model: nn.Module, example: Tensor, length: int | None) -> list[int]:
+    """Lengths to trace at, best first: near the capacity, near the example, the example's own."""
+    taken = {d + e for t in _tensors(model) for d in t.shape for e in (-1, 0, 1)}
+    taken |= {d // 2 + e for d in set(taken) for e in (0, 1)} | {example.shape[-1], 3}
+
+    def near(target: int, floor: int) -> int | None:
+        free = (n for n in range(target, max(floor, target // 2) - 1, -1) if n not in taken)
+        return next(free, None)
+
+    own = example.shape[1]
+    wanted = [near(length - 2, 5) if length else None, near(max(own, 61), 5), near(own, 2), own]
+    return list(dict.fromkeys(n for n in wanted if n is not None and n >= 2)) or [own]
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _resized(example: Tensor, batch: int, length: int) -> Tensor:
+    """A sequence of the example's kind with another batch and length, its values repeated."""
+    rows = torch.arange(batch, device=example.device) % example.shape[0]
+    columns = torch.arange(length, device=example.device) % example.shape[1]
+    return example.detach()[rows][:, columns].clone()
+
+
+def _export(model: nn.Module, example: Tensor, dynamic_batch: bool) -> ExportedProgram:
+    dims = {1: Dim.DYNAMIC} | ({0: Dim.DYNAMIC} if dynamic_batch else {})
+    with torch.no_grad(), _traceable_helpers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = export(model, (example,), dynamic_shapes=(dims,), strict=False)
+        return exported.run_decompositions(_decompositions())
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Operators whose meaning on one row needs the row's position, spelled out with aranges."""
+
+    def offsets(x: Tensor) -> Tensor:
+        rows = torch.arange(x.shape[-2], device=x.device)
+        return torch.arange(x.shape[-1], device=x.device) - rows.unsqueeze(-1)
+
+    def tril(x: Tensor, diagonal: int = 0) -> Tensor:
+        return torch.where(offsets(x) <= diagonal, x, x.new_zeros(()))
+
+    def triu(x: Tensor, diagonal: int = 0) -> Tensor:
+        return torch.where(offsets(x) >= diagonal, x, x.new_zeros(()))
+
+    aten = torch.ops.aten
+    return {aten.tril.default: tril, aten.triu.default: triu}
+
+
+@contextlib.contextmanager
+def _traceable_helpers() -> Iterator[None]:
+    """Stand-ins for library helpers that compute on a length in Python and would pin it."""
+    with contextlib.ExitStack() as stack:
+        for module_name, attribute, stand_in in _STAND_INS:
+            module = sys.modules.get(module_name)
+            if module is not None and hasattr(module, attribute):
+                stack.callback(setattr, module, attribute, getattr(module, attribute))
+                setattr(module, attribute, stand_in)
+        yield
+
+
+_STAND_INS: tuple[tuple[str, str, Any], ...] = (
+    ("opt_einsum", "contract", torch.einsum),
+    ("opt_einsum.contract", "contract", torch.einsum),
+    ("scipy.fft", "next_fast_len", lambda target, real=False: target),
+    ("scipy.fftpack", "next_fast_len", lambda target: target),
+)
+
+
+def _read(exported: ExportedProgram, model: nn.Module, example: Tensor) -> Program:
+    signature = exported.graph_signature
+    written = [o.target for o in signature.output_specs if o.kind not in (OutputKind.USER_OUTPUT,)]
+    if written:
+        raise Unsupported(
+            Refusal(
+                "mutation",
+                f"the forward writes to {written[0]!r}, which outlives the call",
+                hint="keep no state in forward: compute it, or register it once before decoding",
+            )
+        )
+    graph = exported.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    inputs, values = [], {}
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        kind = _KINDS[spec.kind]
+        inputs.append(Input(node.name, kind, spec.target))
+        if kind is Kind.CONSTANT:
+            values[node.name] = exported.constants[str(spec.target)]
+        elif kind is not Kind.SEQUENCE:
+            values[node.name] = _attribute(model, str(spec.target))
+    (sequence,) = [n for n in placeholders if n.name not in values]
+    shape = sequence.meta["val"].shape
+    batch, length = (_symbol(size) for size in shape[:2])
+    if not isinstance(length, sympy.Symbol):
+        raise Unsupported(
+            Refusal(
+                "static_length",
+                f"the trace pins the sequence length to {length}: the model runs at one length only",
+                hint="compute length-dependent sizes from x.shape[1] with plain integer arithmetic",
+            )
+        )
+    shape_env = sequence.meta["val"].fake_mode.shape_env
+    guards = [guard.expr for guard in shape_env.guards]
+    ranges = shape_env.var_to_range[length]
+    lengths = admitted_lengths(guards, length, batch, ranges)
+    module = fx.GraphModule(torch.nn.Module(), graph)
+    out_spec = exported.call_spec.out_spec
+    assert out_spec is not None
+    return Program(module, tuple(inputs), length, batch, lengths, out_spec, values, example.detach())
+
+
+def _symbol(size: Any) -> sympy.Symbol | int:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _attribute(model: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(owner), name)
+
+
+def admitted_lengths(
+    guards: list[sympy.Basic],
+    length: sympy.Symbol,
+    batch: sympy.Symbol | int,
+    ranges: Any,
+) -> Lengths:
+    """Evaluate the guards at every length up to a horizon and read off range and holes.
+
+    Raises :class:`Unsupported` when the admitted lengths are too sparse to decode through.
+    """
+    every = np.arange(2, _HORIZON + 1, dtype=np.int64)
+    ok = np.ones(every.shape, dtype=bool)
+    top = ranges.upper
+    if getattr(top, "is_finite", False) and int(top) < _HORIZON:
+        ok &= every <= int(top)
+    layout = np.ones(every.shape, dtype=bool)  # inequalities exclude single lengths: holes
+    for guard in guards:
+        if length in guard.free_symbols:
+            holds = evaluate_at(guard, {length: every, batch: 3}, every.shape).astype(bool)
+            if isinstance(guard, sympy.Ne):
+                layout &= holds
+            else:
+                ok &= holds
+    admitted = every[ok]
+    if admitted.size == 0:
+        raise Unsupported(Refusal("lengths", "the model's guards admit no length at all"))
+    first, last = int(admitted[0]), int(admitted[-1])
+    inside = (every >= first) & (every <= last)
+    holes = every[inside & ~(ok & layout)]
+    if holes.size > _MOST_HOLES:
+        text = next((str(g) for g in guards if length in g.free_symbols), "")
+        raise Unsupported(
+            Refusal(
+                "lengths",
+                f"the model's control flow admits only some lengths ({admitted.size} of {last}; {text})",
+                hint="avoid branches on the sequence length; pad transforms to 2 * length",
+            )
+        )
+    maximum = None if last == _HORIZON else last
+    return Lengths(first, maximum, frozenset(int(h) for h in holes))
+
+
+def _trace_refusal(error: Exception) -> Refusal:
+    text = str(error).strip() or type(error).__name__
+    first = text.splitlines()[0]
+    return Refusal(
+        "trace",
+        f"torch.export could not trace the model with a dynamic sequence length: {first[:300]}",
+        hint="no data-dependent Python control flow, no float or math.* of a length, no external kernels",
+    )

@@ -1,0 +1,251 @@
+"""The one representation every pass reads and writes: a functional ATen graph with a symbolic length."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .symbolic import evaluate_at
+
+
+class Kind(Enum):
+    """What a placeholder stands for."""
+
+    SEQUENCE = "sequence"  # the sequence the model reads: ids [B, s] or features [B, s, D]
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"  # a tensor the trace met that is neither
+    DERIVED = "derived"  # computed from the others once per weight version (filters, tables)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One placeholder of a program: the node's name, its kind and the attribute path it is read from."""
+
+    name: str
+    kind: Kind
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The sequence lengths a program's guards admit.
+
+    ``guards`` are sympy relations in ``length`` and ``batch`` recorded while tracing. ``minimum`` is the
+    shortest length the graph itself may run at (shorter ones are reached by prefix-consistency),
+    ``maximum`` the longest any guard admits (``None``: unbounded), ``holes`` single lengths inside that
+    range a guard excludes.
+    """
+
+    minimum: int = 1
+    maximum: int | None = None
+    holes: frozenset[int] = frozenset()
+
+    def upto(self, capacity: int) -> np.ndarray:
+        """All admitted lengths 1…capacity, ascending, as int64."""
+        top = capacity if self.maximum is None else min(capacity, self.maximum)
+        lengths = np.arange(self.minimum, top + 1, dtype=np.int64)
+        return lengths[~np.isin(lengths, list(self.holes))] if self.holes else lengths
+
+    def admits(self, length: int) -> bool:
+        """Whether the graph may run at this length."""
+        return (
+            length >= self.minimum
+            and (self.maximum is None or length <= self.maximum)
+            and length not in self.holes
+        )
+
+
+@dataclass(frozen=True)
+class Program:
+    """A functional ``torch.fx`` graph of ATen operators with one symbolic sequence length.
+
+    ``graph`` has one placeholder per entry of ``inputs``, in that order, and one output node whose
+    argument is the flat tuple of outputs that ``out_spec`` unflattens. Each tensor node carries a fake
+    tensor in ``node.meta["val"]`` whose sizes are expressions in ``length`` and ``batch``; integer nodes
+    carry a ``SymInt``. ``values`` maps the names of all inputs but the sequence to the live tensors.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    length: sympy.Symbol
+    batch: sympy.Symbol | int
+    lengths: Lengths
+    out_spec: pytree.TreeSpec
+    values: Mapping[str, Tensor] = field(repr=False)
+    example: Tensor = field(repr=False)  # the sequence it was traced with: [B, s] or [B, s, D]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph itself."""
+        return self.module.graph
+
+    @cached_property
+    def nodes(self) -> dict[str, fx.Node]:
+        """Nodes by name."""
+        return {node.name: node for node in self.graph.nodes}
+
+    @cached_property
+    def sequence(self) -> fx.Node:
+        """The placeholder of the sequence."""
+        (name,) = [i.name for i in self.inputs if i.kind is Kind.SEQUENCE]
+        return self.nodes[name]
+
+    @cached_property
+    def outputs(self) -> tuple[Any, ...]:
+        """The flat outputs: nodes, or constants such as ``None``."""
+        return tuple(self.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    @cached_property
+    def input_dependent(self) -> frozenset[fx.Node]:
+        """Tensor nodes whose *data* comes from the sequence.
+
+        Sizes carry no data: a path through an integer node, or through an argument that only lends its
+        dtype, device or shape, does not count.
+        """
+        tainted: set[fx.Node] = {self.sequence}
+        for node in self.graph.nodes:
+            if node.op != "call_function" or is_integer(node):
+                continue
+            if any(a in tainted for a in data_arguments(node)):
+                tainted.add(node)
+        return frozenset(tainted)
+
+    def size_values(self, expr: Any, lengths: np.ndarray, batch: int = 3) -> np.ndarray:
+        """The value of a size expression at each of ``lengths``, as int64."""
+        return evaluate_at(expr, {self.length: lengths, self.batch: batch}, lengths.shape)
+
+    def run(self, sequence: Tensor, values: Mapping[str, Tensor] | None = None) -> Any:
+        """Run the graph on ``sequence`` and return the outputs in the model's structure."""
+        env = self.evaluate(sequence, values, keep=[o for o in self.outputs if isinstance(o, fx.Node)])
+        flat = [env[o] if isinstance(o, fx.Node) else o for o in self.outputs]
+        return pytree.tree_unflatten(flat, self.out_spec)
+
+    def evaluate(
+        self,
+        sequence: Tensor,
+        values: Mapping[str, Tensor] | None = None,
+        keep: Iterable[fx.Node] | None = None,
+    ) -> dict[fx.Node, Any]:
+        """Interpret the graph; return the values of ``keep`` (default: of every node)."""
+        env: dict[fx.Node, Any] = {}
+        bound = self.values if values is None else values
+        for spec in self.inputs:
+            env[self.nodes[spec.name]] = sequence if spec.kind is Kind.SEQUENCE else bound[spec.name]
+        wanted = None if keep is None else set(keep)
+        nodes = [n for n in self.graph.nodes if n.op == "call_function"]
+        if wanted is not None:
+            nodes = _needed(nodes, wanted)
+        interpret(nodes, env, free=wanted)
+        return env if wanted is None else {n: env[n] for n in wanted}
+
+    def with_graph(self, module: fx.GraphModule, **changes: Any) -> Program:
+        """The same program around another graph."""
+        return replace(self, module=module, **changes)
+
+
+def interpret(nodes: Sequence[fx.Node], env: dict[fx.Node, Any], free: set[fx.Node] | None = None) -> None:
+    """Run ``nodes`` in order, reading and writing ``env``; with ``free``, drop dead values not in it."""
+    last: dict[fx.Node, fx.Node] = {}
+    if free is not None:
+        for node in nodes:
+            for used in node.all_input_nodes:
+                last[used] = node
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for used, user in last.items():
+        dead.setdefault(user, []).append(used)
+    for node in nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        for used in dead.get(node, ()):
+            if free is not None and used not in free and used.op != "placeholder":
+                env.pop(used, None)
+
+
+def _needed(nodes: list[fx.Node], wanted: set[fx.Node]) -> list[fx.Node]:
+    live = set(wanted)
+    kept = []
+    for node in reversed(nodes):
+        if node in live:
+            kept.append(node)
+            live.update(node.all_input_nodes)
+    return kept[::-1]
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether a node's value is one tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
+
+
+def is_integer(node: Any) -> bool:
+    """Whether a node's value is a number computed from sizes."""
+    return isinstance(node, fx.Node) and isinstance(
+        node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+    )
+
+
+def sizes(node: fx.Node) -> tuple[Any, ...]:
+    """A tensor node's sizes as sympy expressions or ints."""
+    return tuple(as_expr(size) for size in node.meta["val"].shape)
+
+
+def as_expr(value: Any) -> Any:
+    """A size, ``SymInt`` or integer node as a sympy expression or int."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat)) else value
+
+
+# Operators whose first tensor argument lends only its shape, dtype and device.
+_SHAPE_ONLY = frozenset(
+    {
+        "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
+        "new_zeros", "new_ones", "new_full", "new_empty",
+    }
+)  # fmt: skip
+_TEMPLATE = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})
+
+
+def operator_name(target: Callable[..., Any] | str) -> str:
+    """``aten.mul.Tensor`` → ``mul``; a Python operator or function keeps its own name."""
+    packet = getattr(target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
+
+
+def data_arguments(node: fx.Node) -> list[fx.Node]:
+    """The tensor nodes (and getitem sources) whose data a node reads."""
+    name = operator_name(node.target)
+    if name in _SHAPE_ONLY:
+        return [a for a in node.all_input_nodes if a is not node.args[0] and not is_integer(a)]
+    if name in _TEMPLATE:
+        return [a for a in (node.args[0],) if isinstance(a, fx.Node)]
+    return [a for a in node.all_input_nodes if not is_integer(a)]
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether a node picks one result of a multi-output operator."""
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def source_of(node: fx.Node) -> str | None:
+    """The user's ``file:line`` a node came from: the innermost frame outside torch."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return None
+    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    for frame in reversed(frames):
+        path, _, rest = frame.removeprefix("File ").partition('", line ')
+        path = path.strip('"')
+        if "/torch/" not in path:
+            return f"{path}:{rest.split(',')[0]}"
+    return None

@@ -1,0 +1,62 @@
+"""Size expressions evaluated at many lengths at once: conditions are checked, never decided symbolically."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import sympy
+
+_NUMPY = [
+    {
+        "FloorDiv": lambda a, b: np.floor_divide(a, b),
+        "CleanDiv": lambda a, b: np.floor_divide(a, b),
+        "ModularIndexing": lambda a, b, c: (a // b) % c,
+        "PythonMod": lambda a, b: np.mod(a, b),
+        "Mod": lambda a, b: np.mod(a, b),
+        "CeilToInt": lambda a: np.ceil(a).astype(np.int64),
+        "FloorToInt": lambda a: np.floor(a).astype(np.int64),
+        "TruncToInt": lambda a: np.trunc(a).astype(np.int64),
+        "RoundToInt": lambda a: np.rint(a).astype(np.int64),
+        "ToFloat": lambda a: np.asarray(a, dtype=np.float64),
+        "IntTrueDiv": lambda a, b: np.true_divide(a, b),
+        "FloatTrueDiv": lambda a, b: np.true_divide(a, b),
+        "PowByNatural": lambda a, b: np.power(a, b),
+        "FloatPow": lambda a, b: np.power(np.asarray(a, dtype=np.float64), b),
+        "LShift": lambda a, b: np.left_shift(a, b),
+        "RShift": lambda a, b: np.right_shift(a, b),
+        "Max": lambda *a: _fold(np.maximum, a),
+        "Min": lambda *a: _fold(np.minimum, a),
+        "Where": lambda c, a, b: np.where(c, a, b),
+        "Identity": lambda a: a,
+    },
+    "numpy",
+]
+
+
+def _fold(combine: Any, values: tuple[Any, ...]) -> Any:
+    result = values[0]
+    for value in values[1:]:
+        result = combine(result, value)
+    return result
+
+
+@lru_cache(maxsize=4096)
+def _compiled(expr: sympy.Basic, symbols: tuple[sympy.Symbol, ...]) -> Any:
+    return sympy.lambdify(symbols, expr, modules=_NUMPY)
+
+
+def evaluate_at(expr: Any, at: Mapping[Any, Any], shape: tuple[int, ...]) -> np.ndarray:
+    """``expr`` (sympy or number) at the given values of its symbols, broadcast to ``shape``.
+
+    Raises ``KeyError`` where the expression has a symbol ``at`` does not name.
+    """
+    if not isinstance(expr, sympy.Basic):
+        return np.broadcast_to(np.asarray(expr), shape)
+    symbols = tuple(sorted(expr.free_symbols, key=str))
+    unknown = [s for s in symbols if s not in at]
+    if unknown:
+        raise KeyError(f"{expr} depends on {unknown[0]}, which is not a length of this program")
+    return np.broadcast_to(np.asarray(_compiled(expr, symbols)(*[at[s] for s in symbols])), shape)
