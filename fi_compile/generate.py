@@ -181,7 +181,7 @@ def generate(
             if on_token is not None:
                 on_token(last.clone())  # the caller's to keep and to change
             if stop.numel():
-                finished = finished | torch.isin(last, stop)
+                finished = torch.isin(last, stop)  # a finished row repeats its stop id
                 if finished.all():
                     return ids[:, :end].clone()
             if end < ids.shape[1]:

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from .symbolic import evaluate_at
 
+Rewrite = Callable[[fx.Node, Any, Any], tuple[Any, Any]]
+
 
 class Kind(Enum):
     """What a placeholder stands for."""
@@ -136,6 +138,7 @@ class Program:
         sequence: Tensor,
         values: Mapping[str, Tensor] | None = None,
         keep: Iterable[fx.Node] | None = None,
+        rewrite: Rewrite | None = None,
     ) -> dict[fx.Node, Any]:
         """Interpret the graph; return the values of ``keep`` (default: of every node)."""
         env: dict[fx.Node, Any] = {}
@@ -145,8 +148,8 @@ class Program:
         wanted = None if keep is None else set(keep)
         nodes = [n for n in self.graph.nodes if n.op == "call_function"]
         if wanted is not None:
-            nodes = _needed(nodes, wanted)
-        interpret(nodes, env, free=wanted)
+            nodes = needed(nodes, wanted)
+        interpret(nodes, env, wanted, rewrite)
         return env if wanted is None else {n: env[n] for n in wanted}
 
     def with_graph(self, module: fx.GraphModule, **changes: Any) -> Program:
@@ -154,8 +157,17 @@ class Program:
         return replace(self, module=module, **changes)
 
 
-def interpret(nodes: Sequence[fx.Node], env: dict[fx.Node, Any], free: set[fx.Node] | None = None) -> None:
-    """Run ``nodes`` in order, reading and writing ``env``; with ``free``, drop dead values not in it."""
+def interpret(
+    nodes: Sequence[fx.Node],
+    env: dict[fx.Node, Any],
+    free: set[fx.Node] | None = None,
+    rewrite: Rewrite | None = None,
+) -> None:
+    """Run ``nodes`` in order, reading and writing ``env``.
+
+    With ``free``, values that are dead and not in it are dropped; ``rewrite(node, args, kwargs)`` may
+    change a call's arguments.
+    """
     last: dict[fx.Node, fx.Node] = {}
     if free is not None:
         for node in nodes:
@@ -166,13 +178,16 @@ def interpret(nodes: Sequence[fx.Node], env: dict[fx.Node, Any], free: set[fx.No
         dead.setdefault(user, []).append(used)
     for node in nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
+        if rewrite is not None:
+            args, kwargs = rewrite(node, args, kwargs)
         env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         for used in dead.get(node, ()):
             if free is not None and used not in free and used.op != "placeholder":
                 env.pop(used, None)
 
 
-def _needed(nodes: list[fx.Node], wanted: set[fx.Node]) -> list[fx.Node]:
+def needed(nodes: Sequence[fx.Node], wanted: Iterable[fx.Node]) -> list[fx.Node]:
+    """The subsequence of ``nodes`` that ``wanted`` depends on."""
     live = set(wanted)
     kept = []
     for node in reversed(nodes):

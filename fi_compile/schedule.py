@@ -97,8 +97,13 @@ class Schedule:
         return counts
 
     def cost(self) -> sympy.Expr:
-        """Floating-point operations for L positions of C channels at base block K; see `cost`."""
-        return cost()
+        """Floating-point operations for L = K·2^P positions of C channels: a formula in L, C, K.
+
+        A real transform of n values counts 5/2 n log2 n, a complex product 6, a multiply-add 2. A
+        tile of side U takes two transforms of 2U values (the filter's spectrum is kept), U + 1
+        products and U additions; the step meets all K rows of its block at every position.
+        """
+        return _formula()
 
     def __str__(self) -> str:
         tokens = self.capacity - self.origin
@@ -135,21 +140,14 @@ class Schedule:
 
 def _row(side: object, tiles: int, inputs: int, pairs: int, of: int) -> str:
     share = pairs / of if of else 0.0
-    return f"{side!s:>10} {tiles:>10,} {inputs:>12,} {share:>12.1%}"
+    return f"{side!s:>10} {tiles:>10,} {inputs:>12,} {share:>13.1%}"
 
 
 @cache
-def cost() -> sympy.Expr:
-    """Floating-point operations of the dyadic schedule for L = K·2^P positions of C channels.
-
-    A real transform of n values counts 5/2 n log2 n, a complex product 6, a multiply-add 2. Each
-    tile of side U takes two transforms of 2U values (the filter's spectrum is kept), U + 1 products
-    and U additions; the step meets all K rows of its block at every position. L = K·2^q positions
-    end with a tile of side L, which does not run at a capacity of L. Returns a sympy expression in
-    the symbols L, C, K.
-    """
+def _formula() -> sympy.Expr:
     length, channels, block = sympy.symbols("L C K", positive=True)
     levels = sympy.log(length / block, 2)
+    # Level q has 2^(P-1-q) tiles of side K·2^q: L/2 inputs a level, whatever q is.
     transforms = 5 * length * (levels * (1 + sympy.log(block, 2)) + levels * (levels - 1) / 2)
     products = 3 * length * levels + 6 * (length / block - 1)
     additions = length * levels / 2

@@ -1,0 +1,126 @@
+"""What depends on the weights but not on the sequence: filters, tables and constants, derived once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from .mixers.convolution import Filter
+from .mixers.stack import FilterBank
+from .program import Program, Rewrite
+from .step import StepProgram
+from .units import ALL
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Filters, tables and constants of one weight version at one capacity, shared by all sequences.
+
+    ``bank``: the stack of long filters, or None. ``constants``: step tensors that are the same for every position.
+    ``tables``: by step name, tables position-major [capacity, …row], of which a step reads the current block.
+    ``references``: per mixer the tensors its full-sequence reference takes.
+    """
+
+    step: StepProgram
+    values: Mapping[str, Tensor] = field(repr=False)
+    dtype: torch.dtype
+    block: int
+    bank: FilterBank | None
+    constants: Mapping[str, Tensor] = field(repr=False)
+    tables: Mapping[str, Tensor] = field(repr=False)
+    references: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
+    double: bool = False  # the twin's
+
+    @property
+    def capacity(self) -> int:
+        """Positions the filters and tables reach."""
+        return self.step.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of filters and tables; constants that are the model's own tensors are not counted."""
+        bank = self.bank.nbytes if self.bank is not None else 0
+        return bank + sum(t.nbytes for t in self.tables.values())
+
+
+def derive(
+    step: StepProgram,
+    values: Mapping[str, Tensor],
+    double_values: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    block: int,
+    batch: int,
+    rewrite: Rewrite | None = None,
+) -> Derived:
+    """Evaluate everything that does not depend on the sequence, up to the step's capacity.
+
+    ``values`` are the program's inputs in the model's dtypes, ``double_values`` the same in double precision
+    (filters are extracted from those and rounded once to ``dtype``).
+    """
+    filters = {m.name: m.derive(double_values, step.capacity) for m in step.mixers}
+    constants: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
+    references: dict[str, dict[str, Tensor]] = {}
+    for mixer in step.mixers:
+        found = filters[mixer.name]
+        reference = {"kernel": found.kernel.to(dtype)}
+        if mixer.gather is not None:
+            reference["source"] = mixer.gather
+            constants[f"source:{mixer.name}"] = mixer.gather
+        if found.offset is not None:
+            reference["offset"] = found.offset.to(dtype)
+            if found.offset.shape[1] == 1 != step.capacity:
+                constants[f"offset:{mixer.name}"] = reference["offset"][:, 0].contiguous()
+            else:
+                tables[f"offset:{mixer.name}"] = reference["offset"].t().contiguous()
+        if mixer.name in step.windows:
+            constants[f"kernel:{mixer.name}"] = reference["kernel"]
+        references[mixer.name] = reference
+    bank = _bank(step, filters, dtype, block)
+    if bank is not None:
+        constants |= {"block_table": bank.block_table, "skip": bank.skip}
+        if bank.source is not None:
+            constants["source"] = bank.source
+    _add_tables(step, values, batch, rewrite, constants, tables)
+    return Derived(step, values, dtype, block, bank, constants, tables, references, rewrite is not None)
+
+
+def _bank(
+    step: StepProgram, filters: Mapping[str, Filter], dtype: torch.dtype, block: int
+) -> FilterBank | None:
+    if not step.stacked:
+        return None
+    kernels = torch.cat([filters[m.name].kernel for m in step.stacked]).to(dtype)
+    sources, first = [], 0
+    for mixer in step.stacked:
+        sources.append(mixer.source + first)
+        first += mixer.layout_in.count
+    plain = all(m.gather is None for m in step.stacked)
+    return FilterBank(kernels, None if plain else torch.cat(sources), channels_in=first, block=block)
+
+
+def _add_tables(
+    step: StepProgram,
+    values: Mapping[str, Tensor],
+    batch: int,
+    rewrite: Rewrite | None,
+    constants: dict[str, Tensor],
+    tables: dict[str, Tensor],
+) -> None:
+    program: Program = step.program
+    example = program.example
+    shape = (batch, step.capacity, *example.shape[2:])
+    sequence = example.new_zeros((1,) * len(shape)).expand(shape)
+    nodes: list[fx.Node] = list(step.plan.tables)
+    found = program.evaluate(sequence, values, keep=nodes, rewrite=rewrite)
+    for node, demands in step.plan.tables.items():
+        axes, value = step.axes[node], found[node]
+        if not axes or (ALL,) in demands:
+            constants[f"table:{node.name}"] = value
+        if any(d != (ALL,) for d in demands) and axes:
+            rows = value.movedim(axes[0], 0).unsqueeze(axes[0] + 1)
+            tables[f"rows:{node.name}"] = rows.contiguous()

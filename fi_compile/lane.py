@@ -1,0 +1,177 @@
+"""The state of sequences that are at the same position: what a step reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .derive import Derived
+from .mixers.stack import ConvState
+from .mixers.window import drop_rows, ring_rows
+from .program import as_expr
+from .twin import widen
+
+Step = Callable[[Mapping[str, Tensor]], Sequence[Any]]
+
+
+class Lane:
+    """Rows of a batch in lockstep, with everything kept of their past.
+
+    ``position`` positions are done. ``tensors`` are the step's, by name (see :class:`StepProgram`). Interrupted in
+    the middle of a change a lane reports ``broken`` until it is filled again.
+    """
+
+    def __init__(self, derived: Derived, batch: int) -> None:
+        self.derived, self.batch = derived, batch
+        self.position = 0
+        self.broken = False
+        program, step = derived.step.program, derived.step
+        device = program.example.device
+        with torch.inference_mode(False):
+            self.conv = ConvState(derived.bank, batch) if derived.bank is not None else None
+            self.tensors: dict[str, Tensor] = dict(derived.constants)
+            for name in ("position", "local"):
+                self.tensors[name] = torch.zeros(1, dtype=torch.int64, device=device)
+            self.tensors["row"] = program.example.new_zeros((batch, 1, *program.example.shape[2:]))
+            for node in step.plan.histories:
+                self.tensors[f"history:{node.name}"] = self._history(node)
+            for name, window in step.windows.items():
+                shape = (ring_rows(window.reads), batch, window.width)
+                self.tensors[f"ring:{name}"] = torch.zeros(shape, dtype=derived.dtype, device=device)
+            for name, table in derived.tables.items():
+                self.tensors[name] = table.new_zeros((derived.block, *table.shape[1:]))
+        if self.conv is not None:
+            self.tensors["block_inputs"] = self.conv.block_inputs
+            self.tensors["block_pending"] = self.conv.block_pending
+        self._begin_block(0)
+
+    def _history(self, node: fx.Node) -> Tensor:
+        program = self.derived.step.program
+        symbols = {program.length: self.derived.capacity, program.batch: self.batch}
+        shape = [
+            symbols[e] if (e := as_expr(size)) in symbols and not isinstance(e, int) else int(size)
+            for size in node.meta["val"].shape
+        ]
+        dtype = node.meta["val"].dtype
+        if self.derived.double:
+            dtype = widen(dtype)
+        return torch.zeros(shape, dtype=dtype, device=program.example.device)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes this lane keeps, without what it shares with others."""
+        own = [t for name, t in self.tensors.items() if name not in self.derived.constants]
+        held = sum(t.nbytes for t in own if t is not None)
+        if self.conv is not None:
+            held += self.conv.history.nbytes + self.conv.pending.nbytes
+        return held
+
+    def _begin_block(self, start: int) -> None:
+        """Load the tables' rows of the base block that begins at ``start``."""
+        self.block_start = start
+        stop = min(start + self.derived.block, self.derived.capacity)
+        for name, table in self.derived.tables.items():
+            self.tensors[name][: stop - start] = table[start:stop]
+
+    def _place(self, position: int) -> None:
+        self.position = position
+        self.tensors["position"].fill_(position)
+        self.tensors["local"].fill_(position - self.block_start)
+
+    def step(self, row: Tensor, run: Step) -> Sequence[Any]:
+        """One new position from ``row`` [B, 1, …]; returns the outputs' rows."""
+        self.broken = True
+        self.tensors["row"] = row
+        outputs = run(self.tensors)
+        self.position += 1
+        if self.conv is not None:
+            self.conv.advance()
+        if self.position - self.block_start == self.derived.block:
+            self._begin_block(self.position)
+            self.tensors["local"].zero_()
+        self.broken = False
+        return outputs
+
+    def fill(self, length: int, values: Mapping[str, Tensor]) -> None:
+        """Take over positions 0 … length-1: ``values`` maps node names (mixer inputs, histories) to full values."""
+        self.broken = True
+        step = self.derived.step
+        for node in step.plan.histories:
+            buffer, axis = self.tensors[f"history:{node.name}"], step.axes[node][0]
+            buffer.zero_()
+            buffer.narrow(axis, 0, length).copy_(values[node.name])
+        for mixer in step.mixers:
+            window = step.windows.get(mixer.name)
+            if window is not None:
+                flat = mixer.layout_in.flatten(values[mixer.x.name]).to(self.derived.dtype)
+                window.fill(self.tensors[f"ring:{mixer.name}"], flat)
+        if self.conv is not None:
+            flat = [m.layout_in.flatten(values[m.x.name]).to(self.derived.dtype) for m in step.stacked]
+            self.conv.write_history(torch.cat(flat, 1))
+            self.conv.restart(length)
+        self._begin_block(length)
+        self._place(length)
+        self.broken = False
+
+    def rewind(self, position: int) -> bool:
+        """Go back to ``position``; False (and unchanged) where a ring no longer holds what that needs."""
+        step = self.derived.step
+        dropped = self.position - position
+        for window in step.windows.values():
+            if position and dropped + min(window.reads, position) > ring_rows(window.reads):
+                return False
+        self.broken = True
+        for name, window in step.windows.items():
+            drop_rows(self.tensors[f"ring:{name}"], window.reads, self.position, position)
+        for node in step.plan.histories:
+            buffer, axis = self.tensors[f"history:{node.name}"], step.axes[node][0]
+            buffer.narrow(axis, position, self.position - position).zero_()
+        start = position
+        if self.conv is not None:
+            self.conv.rewind(position)
+            start = position - self.conv.local
+        elif self.block_start <= position:
+            start = self.block_start
+        if start != self.block_start:
+            self._begin_block(start)
+        self._place(position)
+        self.broken = False
+        return True
+
+    def select(self, index: Tensor) -> Lane:
+        """A new lane of rows ``index`` (int64 [B'], repeats allowed)."""
+        return self._copied(index, self.derived)
+
+    def moved(self, derived: Derived) -> Lane:
+        """The same rows at another capacity, at the same position."""
+        index = torch.arange(self.batch, device=self.tensors["position"].device)
+        return self._copied(index, derived)
+
+    @torch.no_grad()
+    def _copied(self, index: Tensor, derived: Derived) -> Lane:
+        new = Lane(derived, int(index.numel()))
+        step = derived.step
+        for node in step.plan.histories:
+            name, axes = f"history:{node.name}", step.axes[node]
+            source = self.tensors[name].narrow(axes[0], 0, self.position)
+            for axis in step.plan.batch_axes[node]:
+                source = source.index_select(axis, index)
+            new.tensors[name].narrow(axes[0], 0, self.position).copy_(source)
+        for name in step.windows:
+            new.tensors[f"ring:{name}"].copy_(self.tensors[f"ring:{name}"].index_select(1, index))
+        start = self.block_start
+        if self.conv is not None:
+            if derived.bank is self.conv.bank:
+                new.conv = self.conv.select_rows(index)
+            else:
+                assert derived.bank is not None
+                new.conv = self.conv.grow(derived.bank)
+            new.tensors["block_inputs"] = new.conv.block_inputs
+            new.tensors["block_pending"] = new.conv.block_pending
+            start = self.position - new.conv.local
+        new._begin_block(start)
+        new._place(self.position)
+        return new

@@ -1,0 +1,77 @@
+"""lower: a step program as one compiled function of static shapes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .step import StepProgram
+
+log = logging.getLogger(__name__)
+
+# Above this many rows a product with a weight is a matrix product; below, reading the weight is all it costs.
+_MOST_ROWS_BY_SUM = 2
+
+_INDUCTOR = {
+    "realize_opcount_threshold": 0,  # else a norm is recomputed for every row of the product that follows
+    "cpp.enable_floating_point_contract_flag": "fast",
+    "size_asserts": False,
+}
+
+
+def _small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    if rows > _MOST_ROWS_BY_SUM or x.dtype in (torch.bfloat16, torch.float16):
+        return NotImplemented
+    out = (weight * x.unsqueeze(-2)).sum(-1)
+    return out if bias is None else out + bias
+
+
+class CompiledStep:
+    """A step program for one batch size, traced to an fx graph and compiled.
+
+    ``graph_module`` is the step graph: ATen operators on static shapes with the position as a tensor.
+    """
+
+    def __init__(self, step: StepProgram, tensors: Mapping[str, Tensor], how: str) -> None:
+        self.names = tuple(tensors)
+        self.constant: list[Any] = []
+        self.places: list[int | None] = []
+
+        def flat(*args: Tensor) -> Sequence[Tensor]:
+            outputs = step(dict(zip(self.names, args, strict=True)))
+            self.places.clear()
+            self.constant = [None if isinstance(o, Tensor) else o for o in outputs]
+            self.places.extend(i for i, o in enumerate(outputs) if isinstance(o, Tensor))
+            return [o for o in outputs if isinstance(o, Tensor)]
+
+        example = [tensors[name] for name in self.names]
+        with torch.no_grad():
+            self.graph_module: fx.GraphModule = make_fx(
+                flat,
+                tracing_mode="fake",
+                decomposition_table={torch.ops.aten.linear.default: _small_linear},
+                pre_dispatch=True,
+            )(*example)
+        self.graph_module.graph.eliminate_dead_code()
+        self.run = self.graph_module if how == "eager" else self._inductor(example)
+
+    def _inductor(self, example: list[Tensor]) -> Any:
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
+
+        with torch.no_grad(), config.patch(_INDUCTOR):
+            return compile_fx(self.graph_module, example)
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> list[Any]:
+        """Run one step on a lane's tensors."""
+        found = self.run(*[tensors[name] for name in self.names])
+        outputs = list(self.constant)
+        for place, value in zip(self.places, found, strict=True):
+            outputs[place] = value  # type: ignore[index]
+        return outputs

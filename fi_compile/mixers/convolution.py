@@ -1,0 +1,319 @@
+"""Recognise a causal convolution with an input-independent filter, and extract the filter.
+
+A unit that needs the whole of one value x is read as a function f(x), other inputs fixed. If f is affine,
+channelwise and shift-invariant its response h to an impulse at position 0 is its filter:
+``f(x)[t] = f(0)[t] + Σ_{i≤t} x[i]·h[t-i]``. What kind of increment serves it depends on the support of h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+
+from fi_compile.errors import Refusal, Unsupported
+from fi_compile.passes.propose_consistency import Consistency
+from fi_compile.program import Program, is_tensor, source_of
+from fi_compile.twin import widen_call
+from fi_compile.units import Unit, run_unit
+
+from .layout import Layout
+from .reference import REFERENCES
+
+_TOLERANCE = 1e-9
+_NOISE = 1e-14  # lags below this share of the filter's norm are the transform's rounding
+_LONGEST_WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A filter derived from one version of the weights.
+
+    ``kernel``: float64 [Cout, n], lag 0 first. ``offset``: what the unit adds regardless of its input, by
+    position, float64 [Cout, n]; [Cout, 1] where it is the same at every position; None where it is zero.
+    """
+
+    kernel: Tensor
+    offset: Tensor | None
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A unit that is a channelwise causal convolution of one value.
+
+    ``kind`` is ``long_conv``, ``short_conv`` or ``scan``. ``source``: int64 [Cout], the input channel each
+    output channel reads. ``support``: number of lags from the first to the last that is not zero (``scan``: unbounded).
+    """
+
+    program: Program = field(repr=False)
+    unit: Unit = field(repr=False)
+    x: fx.Node
+    kind: str
+    layout_in: Layout
+    layout_out: Layout
+    source: Tensor = field(repr=False)
+    support: int
+    depends_on: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the node whose value the convolution makes."""
+        return self.unit.exit.name
+
+    @cached_property
+    def gather(self) -> Tensor | None:
+        """``source``, or None where every output channel reads the input channel of its own number."""
+        identity = torch.arange(self.layout_in.count, device=self.source.device)
+        return None if torch.equal(self.source, identity) else self.source
+
+    @property
+    def reference(self) -> Callable[..., Tensor]:
+        """The full-sequence form of the increment, as a plain torch function."""
+        return REFERENCES[self.kind]
+
+    @property
+    def reference_options(self) -> dict[str, Layout]:
+        """What the reference takes beside tensors."""
+        return {"layout_in": self.layout_in, "layout_out": self.layout_out}
+
+    def derive(self, values: Mapping[str, Tensor], length: int) -> Filter:
+        """Extract the filter up to ``length`` lags from double-precision weights.
+
+        Raises :class:`Unsupported` where the weights give a filter this kind of increment does not cover.
+        """
+        function = UnitFunction(self.program, self.unit, self.x, self.layout_in, values, length)
+        zero = self.layout_out.flatten(function(function.zeros(1)))
+        one = function.zeros(1)
+        one.select(self.layout_in.axis, 0).fill_(1)
+        kernel = (self.layout_out.flatten(function(one)) - zero)[0]
+        if not bool(torch.isfinite(kernel).all()):
+            raise Unsupported(
+                Refusal(
+                    "filter",
+                    f"the filter of {self.name!r} is not finite up to {length} positions",
+                    (self.name,),
+                    source_of(self.unit.exit),
+                    "check the weights for NaN and the filter for growing exponentials",
+                )
+            )
+        if self.kind == "short_conv":
+            if _support(kernel) > self.support:
+                raise FilterGrew(self.name)
+            kernel = kernel[:, : self.support]
+        if self.kind == "scan" and not _is_constant(kernel):
+            raise FilterGrew(self.name)
+        return Filter(kernel, _offset(zero[0]))
+
+
+class FilterGrew(Exception):
+    """New weights gave a filter outside the class found before; the model must be analysed again."""
+
+
+class UnitFunction:
+    """A unit as a function of one of its inputs, at one length, in double precision."""
+
+    def __init__(
+        self,
+        program: Program,
+        unit: Unit,
+        x: fx.Node,
+        layout: Layout,
+        values: Mapping[str, Tensor],
+        length: int,
+    ) -> None:
+        self.program, self.unit, self.x, self.layout, self.length = program, unit, x, layout, length
+        example = program.example
+        sequence = example.new_zeros((1, 1, *example.shape[2:])).expand(1, length, *example.shape[2:])
+        others = [n for n in unit.reads if n is not x]
+        self.fixed = program.evaluate(sequence, values, keep=others, rewrite=widen_call)
+        val = x.meta["val"]
+        self.dtype = torch.complex128 if val.dtype.is_complex else torch.float64
+        self.device = example.device
+
+    def zeros(self, batch: int) -> Tensor:
+        """A zero input of ``batch`` rows."""
+        return self.layout.zeros(batch, self.length, self.dtype, self.device)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """The unit's value for an input."""
+        env = {**self.fixed, self.x: value}
+        batch = value.shape[self.layout.batch] if self.layout.batch is not None else 1
+        with torch.no_grad():
+            return run_unit(
+                self.program, self.unit.nodes, env, length=self.length, batch=batch, rewrite=widen_call
+            )
+
+
+def recognise(analysis: Consistency, unit: Unit, x: fx.Node, capacity: int) -> Convolution | None:
+    """The convolution a unit is, or None.
+
+    Probes the unit on random input at a sampled length; the class of the filter (``short_conv`` up to 256 lags,
+    ``scan`` where constant, else ``long_conv``) is read off its response over the whole ``capacity``.
+    """
+    if not _only_x_is_data(analysis, unit, x):
+        return None
+    layout_in, layout_out = _layout(analysis, x), _layout(analysis, unit.exit)
+    if layout_in is None or layout_out is None:
+        return None
+    n = analysis.longest
+    function = UnitFunction(analysis.program, unit, x, layout_in, analysis.parameters, n)
+    try:
+        source = _probe(function, layout_in, layout_out)
+    except (RuntimeError, ValueError, IndexError):
+        return None
+    if source is None:
+        return None
+    found = Convolution(
+        analysis.program,
+        unit,
+        x,
+        "long_conv",
+        layout_in,
+        layout_out,
+        source,
+        capacity,
+        _parameters_behind(analysis.program, unit, x),
+    )
+    kernel = found.derive(analysis.parameters, capacity).kernel
+    support = _support(kernel)
+    if capacity > 2 and _is_constant(kernel):
+        return _of_kind(found, "scan", capacity)
+    if support <= min(_LONGEST_WINDOW, max(capacity // 2, 1)):
+        return _of_kind(found, "short_conv", support)
+    return found
+
+
+def _of_kind(found: Convolution, kind: str, support: int) -> Convolution:
+    return replace(found, kind=kind, support=support)
+
+
+def _only_x_is_data(analysis: Consistency, unit: Unit, x: fx.Node) -> bool:
+    program = analysis.program
+    return all(n is x or n not in program.input_dependent for n in unit.reads)
+
+
+def _layout(analysis: Consistency, node: fx.Node) -> Layout | None:
+    axes = analysis.axes[node]
+    if len(axes.rows) != 1 or len(axes.batch) > 1 or not node.meta["val"].is_floating_point():
+        return None
+    shape = node.meta["val"].shape
+    special = {*axes.rows, *axes.batch}
+    channels = tuple(int(size) for dim, size in enumerate(shape) if dim not in special)
+    return Layout(axes.rows[0], axes.batch[0] if axes.batch else None, channels)
+
+
+def _probe(function: UnitFunction, layout_in: Layout, layout_out: Layout) -> Tensor | None:
+    """The input channel of each output channel, if the function is a channelwise causal convolution."""
+    n, count = function.length, layout_in.count
+    generator = torch.Generator().manual_seed(7)
+    rows = 2 if layout_in.batch is not None else 1
+
+    def random() -> Tensor:
+        flat = torch.randn(rows, count, n, dtype=torch.float64, generator=generator)
+        return layout_in.unflatten(flat.to(function.device))
+
+    zero = layout_out.flatten(function(function.zeros(rows)))
+
+    def response(value: Tensor) -> Tensor:
+        return layout_out.flatten(function(value)) - zero
+
+    a, b = random(), random()
+    fa, fb = response(a), response(b)
+    if fa.shape[0] != rows or not _close(response(0.5 * a - 2.0 * b), 0.5 * fa - 2.0 * fb):
+        return None
+    if rows == 2:
+        mixed = layout_in.flatten(a).clone()
+        mixed[1] = layout_in.flatten(b)[1]
+        if not _close(response(layout_in.unflatten(mixed))[0], fa[0]):
+            return None
+
+    def impulse(weights: Tensor) -> Tensor:
+        flat = torch.zeros(rows, count, n, dtype=torch.float64, device=function.device)
+        flat[:, :, 0] = weights
+        return response(layout_in.unflatten(flat))[0]
+
+    kernel = impulse(torch.ones(count, dtype=torch.float64))
+    code = (1 + torch.randperm(count, generator=generator).double() / max(count, 2)).to(kernel)
+    coded = impulse(code)
+    energy = kernel.square().sum(-1)
+    ratio = (coded * kernel).sum(-1) / energy.clamp_min(torch.finfo(torch.float64).tiny)
+    distance = (ratio[:, None] - code[None, :]).abs()
+    source = distance.argmin(-1)
+    live = energy > 0
+    own = torch.arange(count, device=source.device)
+    if kernel.shape[0] == count:
+        source = torch.where(live, source, own)
+    else:
+        source = torch.where(live, source, torch.zeros_like(source))
+    again = (1 + torch.rand(count, dtype=torch.float64, generator=generator)).to(kernel)
+    if not _close(impulse(again), again[source, None] * kernel):
+        return None
+    expected = convolve(layout_in.flatten(a)[:, source], kernel)
+    return source if _close(fa, expected) else None
+
+
+def convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    """Causal convolution by FFT: x [B, C, n] with kernel [C, m], the first n outputs [B, C, n]."""
+    n = x.shape[-1]
+    kernel = kernel[:, :n]
+    size = n + kernel.shape[-1]
+    spectrum = torch.fft.rfft(x, n=size) * torch.fft.rfft(kernel, n=size)
+    return torch.fft.irfft(spectrum, n=size)[..., :n]
+
+
+def verify(found: Convolution, values: Mapping[str, Tensor], length: int) -> bool:
+    """Whether the unit equals its filter on random input over a whole length (Freivalds' check).
+
+    Both sides are linear in the input, so a random input that agrees settles the identity of the two matrices up
+    to rounding, with probability one.
+    """
+    function = UnitFunction(found.program, found.unit, found.x, found.layout_in, values, length)
+    derived = found.derive(values, length)
+    generator = torch.Generator().manual_seed(11)
+    flat = torch.randn(1, found.layout_in.count, length, dtype=torch.float64, generator=generator)
+    flat = flat.to(function.device)
+    expected = convolve(flat[:, found.source], derived.kernel)
+    if derived.offset is not None:
+        expected = expected + derived.offset
+    return _close(found.layout_out.flatten(function(found.layout_in.unflatten(flat))), expected)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
+        return False
+    scale = max(float(expected.abs().max()) if expected.numel() else 0.0, 1e-300)
+    return float((found - expected).abs().max() if expected.numel() else 0.0) <= _TOLERANCE * scale
+
+
+def _offset(zero: Tensor) -> Tensor | None:
+    if not bool(zero.any()):
+        return None
+    return zero[:, :1] if bool((zero == zero[:, :1]).all()) else zero
+
+
+def _support(kernel: Tensor) -> int:
+    """Number of lags up to the last that is more than rounding."""
+    floor = _NOISE * kernel.square().sum(-1, keepdim=True).sqrt()
+    live = (kernel.abs() > floor).any(0).nonzero()
+    return int(live[-1]) + 1 if live.numel() else 1
+
+
+def _is_constant(kernel: Tensor) -> bool:
+    first = kernel[:, :1]
+    return bool(((kernel - first).abs() <= _NOISE * 100 * first.abs()).all()) and bool(first.any())
+
+
+def _parameters_behind(program: Program, unit: Unit, x: fx.Node) -> tuple[str, ...]:
+    """The attribute paths of the parameters the filter is computed from."""
+    seen: set[fx.Node] = set()
+    stack = [n for n in unit.reads if n is not x]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(a for a in node.all_input_nodes if is_tensor(a))
+    paths = {program.nodes[i.name]: i.path or i.name for i in program.inputs}
+    return tuple(sorted(paths[n] for n in seen if n in paths and n is not program.sequence))

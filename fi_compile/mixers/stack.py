@@ -1,0 +1,347 @@
+"""The long convolutions of all layers as one stack of channels, and their state while decoding.
+
+Tiles read inputs up to a position and write outputs beyond it, so one launch serves the channels of
+every layer: the across-layer parallelism of Flash Inference (arXiv 2410.12982, section 3.2). Only
+the sum inside the current base block belongs to the step, which lives in a compiled graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from fi_compile.kernels.block import block_table
+from fi_compile.kernels.prefix import write_prefix
+from fi_compile.kernels.tile import add_tile_direct, add_tile_fft, tile_cost, tile_spectrum
+from fi_compile.schedule import Schedule, Tile
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a model of `dtype` keeps its state: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class FilterBank:
+    """The filters of a stack at one capacity: immutable, a copy of what it was given.
+
+    filters: [F, capacity], float32 or float64, lag 0 first. source: int64 [Cout], the input channel
+    of each output channel; None where they are the same. filter_index: int64 [Cout], the filter of
+    each output channel; None where each has its own. block: the base block K.
+
+    block_table [2K, Cout] is what `kernels.block.block_sum` reads; skip [Cout] is lag 0. Raises
+    ValueError for shapes, indices or dtypes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        filters: Tensor,
+        source: Tensor | None = None,
+        filter_index: Tensor | None = None,
+        *,
+        channels_in: int,
+        block: int,
+    ):
+        if filters.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"filters are float32 or float64, found {filters.dtype}")
+        if filters.ndim != 2 or filters.shape[1] < 1:
+            raise ValueError(f"filters are [F, capacity], found {list(filters.shape)}")
+        if block < 1:
+            raise ValueError(f"a base block has at least one position, found {block}")
+        channels_out = _channels_out(source, filter_index, channels_in, filters.shape[0])
+        # Ordinary tensors of our own, also under inference mode: they outlive the call.
+        with torch.inference_mode(False), torch.no_grad():
+            self.filters = filters.detach().clone(memory_format=torch.contiguous_format)
+            self.source = None if source is None else source.detach().clone()
+            self.filter_index = None if filter_index is None else filter_index.detach().clone()
+            self.block_table = block_table(self.filters, block, self.filter_index)
+            lag0 = self.filters[:, 0]
+            index = self.filter_index
+            self.skip = lag0.clone() if index is None else lag0.index_select(0, index)
+        self.channels_in = channels_in
+        self.channels_out = channels_out
+        self.block = block
+        self._spectra: dict[int, Tensor] = {}
+
+    @property
+    def capacity(self) -> int:
+        """The number of positions the filters reach."""
+        return self.filters.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of filters and state."""
+        return self.filters.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of filters, tables and the spectra made so far."""
+        tensors = [self.filters, self.block_table, self.skip, *self._spectra.values()]
+        tensors += [t for t in (self.source, self.filter_index) if t is not None]
+        return sum(t.nbytes for t in tensors)
+
+    def spectrum(self, side: int) -> Tensor:
+        """The filters' spectra for tiles of `side`, complex [F, side + 1], made on first use."""
+        if side not in self._spectra:
+            with torch.inference_mode(False), torch.no_grad():
+                self._spectra[side] = tile_spectrum(self.filters, side)
+        return self._spectra[side]
+
+    def add_tile(self, tile: Tile, history: Tensor, pending: Tensor) -> None:
+        """Add to pending [B, Cout, capacity] what a tile's inputs in history contribute."""
+        inputs = history[:, :, tile.inputs.start : tile.inputs.stop]
+        outputs = pending[:, :, tile.outputs.start : tile.outputs.stop]
+        cost = tile_cost(tile.side, len(tile.outputs))
+        if cost["direct"] < cost["fft"]:
+            add_tile_direct(outputs, inputs, self.filters, self.source, self.filter_index)
+        else:
+            spectrum = self.spectrum(tile.side)
+            add_tile_fft(outputs, inputs, spectrum, self.source, self.filter_index)
+
+    def write_prefix(self, history: Tensor, pending: Tensor, length: int) -> None:
+        """Make pending[..., length:] what the first `length` inputs contribute, and no more."""
+        inputs, outputs = history[:, :, :length], pending[:, :, length:]
+        write_prefix(outputs, inputs, self.filters, self.source, self.filter_index)
+
+
+def _channels_out(source: Tensor | None, filter_index: Tensor | None, channels_in: int, filters: int) -> int:
+    counts = set()
+    for name, index, bound in (
+        ("source", source, channels_in),
+        ("filter_index", filter_index, filters),
+    ):
+        if index is None:
+            counts.add(bound)
+            continue
+        if index.dtype != torch.int64 or index.ndim != 1:
+            raise ValueError(f"{name} is int64 [Cout], found {index.dtype} {list(index.shape)}")
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < bound:
+            raise ValueError(f"{name} has values outside 0 ... {bound - 1}")
+        counts.add(index.numel())
+    if len(counts) > 1:
+        raise ValueError(
+            f"source, filter_index, {channels_in} input channels and {filters} filters give"
+            f" different numbers of output channels: {sorted(counts)}"
+        )
+    return counts.pop()
+
+
+class ConvState:
+    """What a stack keeps of `batch` sequences in lockstep.
+
+    history [B, Cin, capacity]: inputs before the current base block, zero or unread beyond.
+    pending [B, Cout, capacity]: what positions before the block contribute to those from it on.
+    block_inputs [K, B, Cin], block_pending [K, B, Cout]: the current block, position-major.
+    `position` is the next one to be computed, `origin` where the schedule was last restarted.
+
+    A step at `position` computes, with j = `local`,
+    `block_pending[j] + block_sum(block_inputs, table, j, source) + skip * input`, writes its input
+    to `block_inputs[j]`, and then calls `advance()`.
+
+    Mutating methods clear `consistent` while they work. Interrupted in between they leave it
+    cleared, `advance` refuses, and `restart(position)` repairs: no input is dropped from
+    `block_inputs` before `history` has it. `tiles_run` counts the tiles of this object by side,
+    `positions_tiled` the inputs that passed through them.
+    """
+
+    def __init__(self, bank: FilterBank, batch: int):
+        if batch < 1:
+            raise ValueError(f"a state has at least one row, found {batch}")
+        self.bank = bank
+        capacity, block = bank.capacity, bank.block
+        with torch.inference_mode(False):
+            new = bank.filters.new_zeros
+            self.history = new(batch, bank.channels_in, capacity)
+            self.pending = new(batch, bank.channels_out, capacity)
+            self.block_inputs = new(block, batch, bank.channels_in)
+            self.block_pending = new(block, batch, bank.channels_out)
+        self.position = 0
+        self.consistent = True
+        self.tiles_run: Counter[int] = Counter()
+        self.positions_tiled = 0
+        self._begin_schedule(0)
+        # history is valid below this position; block_inputs holds the inputs from here on.
+        self._flushed = 0
+
+    def _begin_schedule(self, origin: int) -> None:
+        self.schedule = Schedule(self.bank.block, self.bank.capacity, origin)
+        self.origin = origin
+        self._block_end = origin + self.bank.block
+
+    @property
+    def batch(self) -> int:
+        """The number of rows, B."""
+        return self.history.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """The number of positions there is room for."""
+        return self.bank.capacity
+
+    @property
+    def local(self) -> int:
+        """The position inside the current base block, 0 ... K - 1."""
+        return self.position - self._block_end + self.bank.block
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the four state tensors; the bank's are its own."""
+        return sum(t.nbytes for t in self._tensors())
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.history, self.pending, self.block_inputs, self.block_pending
+
+    def advance(self) -> None:
+        """The step at `position` is done: go on, and at the end of a block run its tiles.
+
+        Raises IndexError at the capacity, RuntimeError where the state is not consistent.
+        """
+        position = self.position + 1
+        if position > self.bank.capacity or not self.consistent:
+            self._refuse()
+        if position < self._block_end:
+            self.position = position
+        else:
+            self._end_block(position)
+
+    def _refuse(self) -> None:
+        if not self.consistent:
+            raise RuntimeError("an earlier change to this state did not finish; restart(position) repairs it")
+        raise IndexError(f"the capacity of {self.bank.capacity} positions is used up; grow the state")
+
+    @torch.no_grad()
+    def _end_block(self, end: int) -> None:
+        self.consistent = False
+        self._flush(end)
+        for tile in self.schedule.tiles_after(end - 1):
+            self.bank.add_tile(tile, self.history, self.pending)
+            self.tiles_run[tile.side] += 1
+            self.positions_tiled += tile.side
+        self.position = end
+        self._block_end = end + self.bank.block
+        self._load_block()
+        self.consistent = True
+
+    def _load_block(self) -> None:
+        """The block that begins at `position`: its pending outputs, no inputs yet."""
+        # Compact first: transposing out of rows a capacity apart misses the cache at every value.
+        pending = self.pending[:, :, self.position : self._block_end].contiguous()
+        self.block_pending[: pending.shape[2]] = pending.permute(2, 0, 1)
+        # Later rows weigh nothing in a block's sum, but nothing times infinity is NaN.
+        self.block_inputs.zero_()
+
+    def _flush(self, end: int) -> None:
+        start = self._flushed
+        if start < end:
+            first = self._block_end - self.bank.block
+            rows = self.block_inputs[start - first : end - first]
+            self.history[:, :, start:end] = rows.permute(1, 2, 0)
+            self._flushed = end
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Bring the current block's inputs so far into `history`; they stay in `block_inputs`."""
+        self._flush(self.position)
+
+    @torch.no_grad()
+    def write_history(self, inputs: Tensor, start: int = 0) -> None:
+        """Make `inputs` [B, Cin, P] those of positions start ... start + P - 1; then `restart`.
+
+        Positions before `start` must exist. The state is not consistent until `restart`. Raises
+        ValueError where the shape does not fit or the capacity is passed.
+        """
+        stop = start + inputs.shape[-1]
+        if inputs.shape[:-1] != self.history.shape[:-1] or stop > self.capacity:
+            raise ValueError(
+                f"inputs of shape {list(inputs.shape)} at position {start} do not fit a history of"
+                f" shape {list(self.history.shape)}"
+            )
+        self._check_reached(start)
+        self.flush()
+        self.consistent = False
+        self.position = start
+        self._flushed = start
+        self.history[:, :, start:stop] = inputs
+        self._flushed = stop
+
+    def _check_reached(self, position: int) -> None:
+        reached = max(self.position, self._flushed)
+        if not 0 <= position <= reached:
+            raise ValueError(f"position {position} is outside 0 ... {reached}, what has been seen")
+
+    @torch.no_grad()
+    def restart(self, position: int) -> None:
+        """Begin the schedule anew at `position` from the inputs before it, by one FFT.
+
+        The same for prefill, rewind, growth and repair. Positions up to `position` must have been
+        stepped through or written; raises ValueError otherwise.
+        """
+        self._check_reached(position)
+        if self._flushed < position:
+            self._flush(position)
+        self.consistent = False
+        # In this order: whatever lies below the larger of the two is in history, at every moment.
+        self.position = position
+        self._flushed = position
+        self._begin_schedule(position)
+        self.history[:, :, position:] = 0
+        self.bank.write_prefix(self.history, self.pending, position)
+        self._load_block()
+        self.consistent = True
+
+    def rewind(self, position: int) -> None:
+        """Back to `position`: inside the current block at no cost, else by `restart`."""
+        first = self._block_end - self.bank.block
+        if self.consistent and first <= position <= self.position:
+            self.consistent = False
+            self._flushed = min(self._flushed, position)
+            self.position = position
+            self.block_inputs[position - first :] = 0
+            self.consistent = True
+        else:
+            self.restart(position)
+
+    @torch.no_grad()
+    def grow(self, bank: FilterBank) -> ConvState:
+        """A new state for a bank of other filters or capacity, restarted at this position.
+
+        Raises ValueError where the bank has other input channels, dtype or too little capacity,
+        RuntimeError where the state is not consistent.
+        """
+        if not self.consistent:
+            self._refuse()
+        if (bank.channels_in, bank.dtype) != (self.bank.channels_in, self.bank.dtype):
+            raise ValueError(
+                f"a bank of {bank.channels_in} input channels in {bank.dtype} cannot take over"
+                f" {self.bank.channels_in} channels in {self.bank.dtype}"
+            )
+        self.flush()
+        grown = ConvState(bank, self.batch)
+        grown.write_history(self.history[:, :, : self.position])
+        grown.restart(self.position)
+        return grown
+
+    def clone(self) -> ConvState:
+        """An independent copy that shares the bank; its counters begin at zero."""
+        return self.select_rows(torch.arange(self.batch, device=self.history.device))
+
+    @torch.no_grad()
+    def select_rows(self, index: Tensor) -> ConvState:
+        """A new state of rows `index` (int64 [B'], repeats allowed); its counters begin at zero.
+
+        Raises RuntimeError where the state is not consistent.
+        """
+        if not self.consistent:
+            self._refuse()
+        new = ConvState.__new__(ConvState)
+        with torch.inference_mode(False):
+            new.history = self.history.index_select(0, index)
+            new.pending = self.pending.index_select(0, index)
+            new.block_inputs = self.block_inputs.index_select(1, index)
+            new.block_pending = self.block_pending.index_select(1, index)
+        new.bank, new.position, new.consistent = self.bank, self.position, True
+        new.tiles_run, new.positions_tiled = Counter(), 0
+        new.schedule, new.origin = self.schedule, self.origin
+        new._block_end, new._flushed = self._block_end, self._flushed
+        return new

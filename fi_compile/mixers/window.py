@@ -1,0 +1,105 @@
+"""Increments that keep a few rows: short convolutions and scans, in rings of the newest positions.
+
+Row ``p mod R`` of a ring belongs to position p. R exceeds what a step reads by a slack, so that going back a few
+positions (speculative decoding) costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SLACK = 64
+
+
+@dataclass(frozen=True)
+class ShortConv:
+    """Increment of a filter of ``taps`` lags: the inputs of the newest positions."""
+
+    channels_in: int
+    taps: int
+
+    @property
+    def reads(self) -> int:
+        """How many earlier positions a step reads."""
+        return self.taps - 1
+
+    @property
+    def width(self) -> int:
+        """Channels a row of the ring has."""
+        return self.channels_in
+
+    def step(
+        self, ring: Tensor, position: Tensor, x: Tensor, kernel: Tensor, source: Tensor | None
+    ) -> Tensor:
+        """The newest output [B, Cout] from x [B, Cin]; writes x into the ring [R, B, Cin].
+
+        ``kernel``: [Cout, taps]; ``position``: int64 [1].
+        """
+        size = ring.shape[0]
+        lags = torch.arange(1, self.taps, device=ring.device)
+        past = ring.index_select(0, (position - lags) % size)
+        now = x
+        if source is not None:
+            past, now = past.index_select(2, source), x.index_select(1, source)
+        out = (past * kernel[:, 1:].t().unsqueeze(1)).sum(0) + now * kernel[:, 0]
+        ring.index_copy_(0, position % size, x.unsqueeze(0))
+        return out
+
+    def fill(self, ring: Tensor, x: Tensor) -> None:
+        """Take over the newest of the inputs x [B, Cin, P] of positions 0 … P-1."""
+        _write_newest(ring, x)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Increment of a constant filter: the running sums at the newest positions."""
+
+    channels_in: int
+
+    reads = 1
+
+    @property
+    def width(self) -> int:
+        """Channels a row of the ring has."""
+        return self.channels_in
+
+    def step(
+        self, ring: Tensor, position: Tensor, x: Tensor, kernel: Tensor, source: Tensor | None
+    ) -> Tensor:
+        """The newest output [B, Cout] from x [B, Cin]; writes the new sum into the ring [R, B, Cin]."""
+        size = ring.shape[0]
+        total = ring.index_select(0, (position - 1) % size)[0] + x
+        ring.index_copy_(0, position % size, total.unsqueeze(0))
+        return (total if source is None else total.index_select(1, source)) * kernel[:, 0]
+
+    def fill(self, ring: Tensor, x: Tensor) -> None:
+        """Take over the sums of the inputs x [B, Cin, P] of positions 0 … P-1."""
+        _write_newest(ring, x.cumsum(-1))
+
+
+def ring_rows(reads: int) -> int:
+    """Rows a ring has whose step reads so many earlier positions."""
+    return max(reads, 1) + SLACK
+
+
+def drop_rows(ring: Tensor, reads: int, position: int, kept: int) -> bool:
+    """Go back from ``position`` to ``kept`` positions; False where the ring no longer has what that needs."""
+    size = ring.shape[0]
+    if kept > 0 and position - kept + min(reads, kept) > size:
+        return False
+    for dropped in range(kept, min(position, kept + size)):
+        ring[dropped % size].zero_()
+    if kept == 0:
+        ring.zero_()
+    return True
+
+
+def _write_newest(ring: Tensor, rows: Tensor) -> None:
+    size, length = ring.shape[0], rows.shape[-1]
+    ring.zero_()
+    first = max(0, length - size)
+    index = torch.arange(first, length, device=ring.device) % size
+    ring.index_copy_(0, index, rows[:, :, first:].permute(2, 0, 1).to(ring.dtype).contiguous())

@@ -1,0 +1,62 @@
+"""What a user may choose, the same for ``torch.compile(options={...})`` and ``decoder(options=...)``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import InputError
+
+_CHOICES = {
+    "fallback": ("inductor", "eager"),
+    "step": ("inductor", "eager"),
+    "verify": ("quick", "full", "off"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices with their defaults.
+
+    ``max_length``: most positions a sequence may have (None: what the model's guards admit, growing).
+    ``growth``: whether capacity doubles when it is used up. ``capacity``: positions to make room for at first.
+    ``block``: the base block K, positions summed directly in the step before tiles take over.
+    ``step``: how a step runs, ``inductor`` or ``eager`` (no compiler, slow, for tests).
+    ``fallback``: what runs a model that is refused under ``torch.compile``.
+    ``verify``: how long the falsification test is, in which the decoder is compared with the model.
+    ``memory_limit``: bytes of state all sessions of the transparent mode may hold together.
+    """
+
+    max_length: int | None = None
+    growth: bool = True
+    capacity: int = 1024
+    block: int = 32
+    step: str = "inductor"
+    fallback: str = "inductor"
+    verify: str = "quick"
+    memory_limit: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise InputError(f"option {name}={value!r}: expected one of {', '.join(allowed)}")
+        for name in ("capacity", "block", "memory_limit", "max_length"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"option {name}={value!r}: expected a positive integer")
+
+
+def read_options(given: Mapping[str, Any] | Options | None, **overrides: Any) -> Options:
+    """Options from a mapping; raises :class:`InputError` on an unknown name, naming the nearest one."""
+    if isinstance(given, Options):
+        given = {f.name: getattr(given, f.name) for f in fields(given)}
+    known = [f.name for f in fields(Options)]
+    merged = {**(given or {}), **{k: v for k, v in overrides.items() if v is not None}}
+    for name in merged:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+            raise InputError(f"unknown option {name!r}; did you mean {near[0]!r}? Known: {', '.join(known)}")
+    return Options(**merged)

@@ -1,0 +1,180 @@
+"""The step program: one new position of every output from what is kept of the others.
+
+Everything a step reads or writes is a named tensor of static shape, the position among them; ``StepProgram`` is
+an ordinary function over those tensors, ready for ``make_fx`` and Inductor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .kernels.block import block_sum
+from .mixers.convolution import Convolution
+from .mixers.window import Scan, ShortConv
+from .program import Program, Rewrite
+from .units import ALL, NEW, Plan, Unit, run_unit, take_row
+
+Tensors = Mapping[str, Tensor]
+
+
+def increment_of(mixer: Convolution) -> ShortConv | Scan | None:
+    """The ring-keeping increment of a mixer; None for the stack's long convolutions."""
+    if mixer.kind == "short_conv":
+        return ShortConv(mixer.layout_in.count, mixer.support)
+    if mixer.kind == "scan":
+        return Scan(mixer.layout_in.count)
+    return None
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """A plan made executable: names for everything a step touches, and the step itself.
+
+    Names: ``row`` the new row of the sequence [B, 1, …]; ``position`` and ``local`` int64 [1], the position in the
+    sequence and in the base block; ``history:n`` all rows so far of node n; ``rows:n`` the current block's rows of
+    table n, position-major; ``table:n`` a table or constant whole; ``ring:m``, ``kernel:m``, ``source:m``,
+    ``offset:m`` of mixer m; ``block_inputs``, ``block_pending``, ``block_table``, ``skip``, ``source`` of the stack.
+    """
+
+    program: Program
+    plan: Plan
+    capacity: int
+
+    @cached_property
+    def mixers(self) -> tuple[Convolution, ...]:
+        """All mixers, in the order they run."""
+        return tuple(unit.mixer for unit in self.plan.units if unit.mixer is not None)
+
+    @cached_property
+    def stacked(self) -> tuple[Convolution, ...]:
+        """The long convolutions, in the order of their channels in the stack."""
+        return tuple(m for m in self.mixers if increment_of(m) is None)
+
+    @cached_property
+    def windows(self) -> Mapping[str, ShortConv | Scan]:
+        """The ring-keeping increments by mixer name."""
+        return {m.name: w for m in self.mixers if (w := increment_of(m)) is not None}
+
+    @cached_property
+    def axes(self) -> Mapping[fx.Node, tuple[int, ...]]:
+        """Sequence axes of the nodes a step touches."""
+        return self.plan.axes
+
+    def __call__(self, t: Tensors, rewrite: Rewrite | None = None) -> list[Any]:
+        """Compute the outputs' newest rows; write rings, histories, the block's inputs; advance position."""
+        run = _Run(self, t, rewrite)
+        for unit in self.plan.units:
+            run.unit(unit)
+        outputs = [run.output(node) for node in self.plan.outputs]
+        run.finish()
+        return outputs
+
+
+class _Run:
+    """One step: the rows known so far."""
+
+    def __init__(self, step: StepProgram, t: Tensors, rewrite: Rewrite | None) -> None:
+        self.step, self.t, self.rewrite = step, t, rewrite
+        self.program = step.program
+        self.position, self.local = t["position"], t["local"]
+        self.rows: dict[tuple[fx.Node, tuple[str, ...]], Any] = {}
+        self.batch = t["row"].shape[0]
+        self.inputs: list[Tensor] = []
+        self.pending: Tensor | None = None
+        self.channel_in = self.channel_out = 0
+        self.put(self.program.sequence, (NEW,), t["row"])
+
+    def put(self, node: fx.Node, demand: tuple[str, ...], value: Any) -> None:
+        self.rows[node, demand] = value
+        history = self.t.get(f"history:{node.name}")
+        if history is not None and demand == (NEW,):
+            history.index_copy_(self.step.axes[node][0], self.position, value)
+
+    def get(self, node: fx.Node, demand: tuple[str, ...]) -> Any:
+        found = self.rows.get((node, demand))
+        if found is not None:
+            return found
+        if demand == (ALL,) and f"history:{node.name}" in self.t:
+            return self.t[f"history:{node.name}"]
+        if demand == (NEW,) and f"rows:{node.name}" in self.t:
+            value = torch.index_select(self.t[f"rows:{node.name}"], 0, self.local)
+            value = value.squeeze(0)
+            self.rows[node, demand] = value
+            return value
+        return self.t[f"table:{node.name}"]
+
+    def unit(self, unit: Unit) -> None:
+        if unit.mixer is not None:
+            self.put(unit.exit, unit.demand, self.mix(unit.mixer))
+            return
+        env = {node: self.get(node, demand) for node, demand in unit.reads.items()}
+        axes = self.step.axes[unit.exit]
+        lists = None
+        if unit.binding == "axis":
+            capacity = self.step.capacity
+            lists = {a: 1 if kind == NEW else capacity for a, kind in zip(axes, unit.demand, strict=True)}
+        length = 1 if unit.binding == "row" else self.step.capacity
+        value = run_unit(
+            self.program,
+            unit.nodes,
+            env,
+            length=length,
+            batch=self.batch,
+            lists=lists,
+            rewrite=self.rewrite,
+        )
+        if unit.binding == "region":
+            for axis, kind in zip(axes, unit.demand, strict=True):
+                if kind == NEW:
+                    value = take_row(value, axis, self.position)
+        self.put(unit.exit, unit.demand, value)
+
+    def mix(self, mixer: Convolution) -> Tensor:
+        x = self.get(mixer.x, (NEW,))
+        flat = mixer.layout_in.flatten(x)[..., 0]
+        window = self.step.windows.get(mixer.name)
+        if window is not None:
+            ring = self.t[f"ring:{mixer.name}"]
+            kernel, source = self.t[f"kernel:{mixer.name}"], self.t.get(f"source:{mixer.name}")
+            z = window.step(ring, self.position, flat.to(ring.dtype), kernel, source)
+        else:
+            z = self.stack(mixer, flat)
+        offset = self.t.get(f"offset:{mixer.name}")
+        if offset is not None:
+            row = offset if offset.dim() == 1 else torch.index_select(offset, 0, self.local)[0]
+            z = z + row
+        value = mixer.layout_out.unflatten(z.unsqueeze(-1))
+        return value if self.rewrite is not None else value.to(mixer.unit.exit.meta["val"].dtype)
+
+    def stack(self, mixer: Convolution, x: Tensor) -> Tensor:
+        t = self.t
+        if self.pending is None:
+            self.pending = torch.index_select(t["block_pending"], 0, self.local)[0] + block_sum(
+                t["block_inputs"], t["block_table"], self.local, t.get("source")
+            )
+        x = x.to(self.pending.dtype)
+        self.inputs.append(x)
+        count = mixer.layout_out.count
+        channels = slice(self.channel_out, self.channel_out + count)
+        self.channel_out += count
+        source = t.get(f"source:{mixer.name}")
+        now = x if source is None else x.index_select(1, source)
+        return self.pending[:, channels] + now * t["skip"][channels]
+
+    def output(self, node: Any) -> Any:
+        if not isinstance(node, fx.Node) or node not in self.step.axes:
+            return node
+        return self.get(node, (NEW,) * len(self.step.axes[node]))
+
+    def finish(self) -> None:
+        t = self.t
+        if self.inputs:
+            t["block_inputs"].index_copy_(0, self.local, torch.cat(self.inputs, 1).unsqueeze(0))
+        t["position"].add_(1)
+        t["local"].add_(1)

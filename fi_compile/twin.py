@@ -1,0 +1,109 @@
+"""The float64 twin: the same graph, interpreted in double precision on random input and parameters.
+
+Numeric proposals and filters are taken from the twin, so that a property of the program is not mistaken
+for a rounding error, nor the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .program import Kind, Program, operator_name
+
+_WIDER = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def widen(value: Any) -> Any:
+    """A floating or complex tensor, or dtype, in double precision; anything else as it is."""
+    if isinstance(value, torch.dtype):
+        return _WIDER.get(value, value)
+    if isinstance(value, Tensor) and value.dtype in _WIDER:
+        return value.detach().to(_WIDER[value.dtype])
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def widen_call(
+    node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with every dtype widened; a factory without a dtype is given one."""
+    args, kwargs = pytree.tree_map_only(torch.dtype, widen, (args, kwargs))
+    result = node.meta.get("val")
+    if isinstance(result, Tensor) and result.dtype in _WIDER and kwargs.get("dtype") is None:
+        schema = getattr(node.target, "_schema", None)
+        made_from_nothing = not any(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes)
+        if made_from_nothing and schema and any(a.name == "dtype" for a in schema.arguments):
+            kwargs = {**kwargs, "dtype": _WIDER[result.dtype]}
+    return args, kwargs
+
+
+def twin_values(program: Program, *, perturb: int | None = None) -> dict[str, Tensor]:
+    """The program's inputs in double precision, without the sequence.
+
+    With a seed in ``perturb``, floating parameters are moved by 0.3 of their size, so that a parameter
+    that happens to be zero, one or symmetric cannot hide what the program does with it.
+    """
+    values = {name: widen(value) for name, value in program.values.items()}
+    if perturb is None:
+        return values
+    generator = torch.Generator().manual_seed(perturb)
+    for spec in program.inputs:
+        value = values.get(spec.name)
+        if (
+            spec.kind is Kind.PARAMETER
+            and value is not None
+            and (value.is_floating_point() or value.is_complex())
+        ):
+            size = value.abs().square().mean().sqrt().clamp_min(0.05).item()
+            noise = torch.randn(value.shape, dtype=value.dtype, generator=generator)
+            values[spec.name] = value + 0.3 * size * noise.to(value.device)
+    return values
+
+
+def random_sequence(program: Program, batch: int, length: int, *, seed: int, double: bool = True) -> Tensor:
+    """Random ids or features a program may read, [batch, length(, D)]; equal seeds share prefixes."""
+    example = program.example
+    columns = []
+    limit = vocabulary(program)
+    for position in range(length):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        shape = (batch, 1, *example.shape[2:])
+        if example.dtype in _INTEGERS:
+            column = torch.randint(0, limit, shape, generator=generator, dtype=example.dtype)
+        elif example.dtype is torch.bool:
+            column = torch.randint(0, 2, shape, generator=generator).bool()
+        else:
+            dtype = widen(example.dtype) if double else example.dtype
+            column = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        columns.append(column)
+    return torch.cat(columns, dim=1).to(example.device)
+
+
+def vocabulary(program: Program) -> int:
+    """How many ids the model knows: the rows of the tables its ids index, else what the example shows."""
+    rows = [
+        node.args[0].meta["val"].shape[0]
+        for node in program.sequence.users
+        if operator_name(node.target) == "embedding" and isinstance(node.args[0], fx.Node)
+    ]
+    seen = int(program.example.max()) + 1 if program.example.numel() else 1
+    return min(rows) if rows else max(seen, 1)
+
+
+def bind(program: Program, values: Mapping[str, Tensor], sequence: Tensor) -> dict[fx.Node, Any]:
+    """The environment an interpretation starts from."""
+    return {
+        program.nodes[spec.name]: sequence if spec.kind is Kind.SEQUENCE else values[spec.name]
+        for spec in program.inputs
+    }

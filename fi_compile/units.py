@@ -1,0 +1,149 @@
+"""Units and plans: how one new position of every value is obtained from what is kept of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from .program import Program, Rewrite, as_expr, is_integer
+
+NEW, ALL = "new", "all"
+Demand = tuple[str, ...]  # per sequence axis of a value: its newest row, or all rows so far
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A value, the nodes that make it, and the rows it reads of its inputs.
+
+    ``nodes`` are topologically ordered and end with ``exit``. ``binding`` says what the length-valued
+    integers inside stand for when the unit runs on new rows: ``row`` (1), ``full`` (the capacity), ``axis`` (the
+    capacity, but the size lists of the exit follow the demand) or ``region`` (the capacity; all rows are recomputed
+    and the newest is kept). A unit with a ``mixer`` runs as its increment.
+    """
+
+    exit: fx.Node
+    demand: Demand
+    nodes: tuple[fx.Node, ...]
+    reads: Mapping[fx.Node, Demand]
+    binding: str = "row"
+    mixer: Any = None
+
+    @property
+    def is_region(self) -> bool:
+        """Whether a step recomputes all rows and keeps the newest."""
+        return self.mixer is None and self.binding == "region"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Units in the order they run, and what must be kept between steps."""
+
+    units: tuple[Unit, ...]
+    histories: tuple[fx.Node, ...]  # values of which all rows so far are kept
+    tables: Mapping[fx.Node, frozenset[Demand]]  # input-independent values, by how they are read
+    outputs: tuple[Any, ...]
+    axes: Mapping[fx.Node, tuple[int, ...]]  # sequence axes of every tensor node
+    batch_axes: Mapping[fx.Node, tuple[int, ...]]
+
+    @property
+    def regions(self) -> tuple[Unit, ...]:
+        """The units for which no better increment is known."""
+        return tuple(unit for unit in self.units if unit.is_region)
+
+
+def run_unit(
+    program: Program,
+    nodes: Sequence[fx.Node],
+    env: dict[fx.Node, Any],
+    *,
+    length: int,
+    batch: int,
+    lists: Mapping[int, int] | None = None,
+    rewrite: Rewrite | None = None,
+) -> Any:
+    """Run a unit's nodes on ``env`` (its inputs' values) with the length bound to ``length``.
+
+    ``lists`` overrides the length in position d of the size lists of the last node (binding ``axis``).
+    Returns the value of the last node.
+    """
+
+    def value(arg: fx.Node, bound: int = length) -> Any:
+        return bind_integer(program, arg, bound, batch) if is_integer(arg) else env[arg]
+
+    for node in nodes:
+        if is_integer(node):
+            continue
+        args, kwargs = node.args, node.kwargs
+        if lists is not None and node is nodes[-1]:
+            args = tuple(_bound_list(program, a, lists, length, batch) for a in args)
+        args, kwargs = fx.map_arg((args, kwargs), value)
+        if rewrite is not None:
+            args, kwargs = rewrite(node, args, kwargs)
+        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return env[nodes[-1]]
+
+
+def _bound_list(program: Program, arg: Any, lists: Mapping[int, int], length: int, batch: int) -> Any:
+    if not isinstance(arg, (list, tuple)):
+        return arg
+    return [
+        bind_integer(program, item, lists.get(dim, length), batch) if is_integer(item) else item
+        for dim, item in enumerate(arg)
+    ]
+
+
+def bind_integer(program: Program, node: fx.Node, length: int, batch: int) -> Any:
+    """The number an integer node stands for at a given length and batch."""
+    expr = as_expr(node)
+    if not hasattr(expr, "free_symbols"):
+        return expr
+    value = program.size_values(expr, np.asarray([length]), batch)[0]
+    return value.item()
+
+
+def closure(
+    exit_node: fx.Node, boundary: Iterable[fx.Node], inside: frozenset[fx.Node] = frozenset()
+) -> tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]:
+    """The nodes behind ``exit_node`` back to ``boundary`` and placeholders, and those inputs.
+
+    Members of ``inside`` count as interior even if they are in ``boundary``. Both results are in graph
+    order; integer nodes are neither (they are bound by value).
+    """
+    edge = set(boundary) - inside
+    interior, inputs = {exit_node}, set()
+    stack = list(exit_node.all_input_nodes)
+    while stack:
+        node = stack.pop()
+        if is_integer(node) or node in interior or node in inputs:
+            continue
+        if node.op == "placeholder" or node in edge:
+            inputs.add(node)
+        else:
+            interior.add(node)
+            stack.extend(node.all_input_nodes)
+    order = {node: i for i, node in enumerate(exit_node.graph.nodes)}
+    return (
+        tuple(sorted(interior, key=order.__getitem__)),
+        tuple(sorted(inputs, key=order.__getitem__)),
+    )
+
+
+def zero_tail(value: Tensor, axis: int, position: int) -> Tensor:
+    """A copy of a value whose rows after ``position`` are zero: what a history buffer holds."""
+    value = value.clone()
+    rest = value.shape[axis] - position - 1
+    if rest > 0:
+        value.narrow(axis, position + 1, rest).zero_()
+    return value
+
+
+def take_row(value: Tensor, axis: int, position: Tensor | int) -> Tensor:
+    """One row of a value, its axis kept with size 1."""
+    if isinstance(position, int):
+        return value.narrow(axis, position, 1)
+    return torch.index_select(value, axis, position)

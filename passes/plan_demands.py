@@ -1,0 +1,246 @@
+"""analyse, second half: find for every value the rows of its inputs that one new row of it needs.
+
+Demands flow from the outputs back. A unit is one consistent operator, or a region: a consistent exit with its
+backward closure through inconsistent nodes. For each unit the cheapest demand that reproduces the twin's rows in
+the fixed-shape form a step runs in is accepted; all rows, then narrow, is always there. What is demanded whole
+becomes a history, unless a mixer recognises the unit and brings an increment of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fi_compile.errors import Refusal, Unsupported
+from fi_compile.program import Program, is_tensor, source_of
+from fi_compile.twin import widen_call
+from fi_compile.units import ALL, NEW, Demand, Plan, Unit, closure, run_unit, take_row, zero_tail
+
+from .propose_consistency import Consistency, agrees, explain_inconsistency
+
+Recognise = Callable[[Consistency, Unit, fx.Node], Any]
+_TOLERANCE = 1e-9
+_MOST_ABSORBED = 3
+
+
+def plan_demands(analysis: Consistency, recognise: Recognise) -> Plan:
+    """Plan one step: which units run, what they read, and what is kept.
+
+    Requires: the consistency of the program's nodes. Ensures: every output's newest row is computed by the units
+    from the new row of the sequence, histories, tables and the mixers' own states. ``recognise(analysis, unit, x)``
+    returns the increment of a unit that needs the whole of the single value ``x``, or None. Raises
+    :class:`Unsupported` when an output is not consistent.
+    """
+    return _Planner(analysis, recognise).plan()
+
+
+class _Planner:
+    def __init__(self, analysis: Consistency, recognise: Recognise) -> None:
+        self.analysis = analysis
+        self.recognise = recognise
+        self.program: Program = analysis.program
+        self.n = analysis.longest
+        self.values = analysis.values[self.n]
+        self.batch = self.values[self.program.sequence].shape[0]
+        self.positions = [length - 1 for length in analysis.lengths]
+        self.positions += [0, self.n // 2] if self.n > 4 else [0]
+        self.demands: dict[fx.Node, set[Demand]] = {}
+        self.units: list[Unit] = []
+        self.histories: set[fx.Node] = set()
+        self.tables: dict[fx.Node, set[Demand]] = {}
+
+    def plan(self) -> Plan:
+        for output in self.program.outputs:
+            if is_tensor(output):
+                self.want(output, self.output_demand(output))
+        for node in reversed(list(self.program.graph.nodes)):
+            for demand in sorted(self.demands.get(node, ())):
+                self.units.append(self.unit(node, demand))
+        return Plan(
+            tuple(reversed(self.units)),
+            tuple(n for n in self.program.graph.nodes if n in self.histories),
+            {node: frozenset(kinds) for node, kinds in self.tables.items()},
+            self.program.outputs,
+            {node: axes.rows for node, axes in self.analysis.axes.items()},
+            {node: axes.batch for node, axes in self.analysis.axes.items()},
+        )
+
+    def rows(self, node: fx.Node) -> tuple[int, ...]:
+        return self.analysis.axes[node].rows
+
+    def is_data(self, node: fx.Node) -> bool:
+        return node in self.program.input_dependent
+
+    def output_demand(self, node: fx.Node) -> Demand:
+        axes = self.analysis.axes[node]
+        if node in self.analysis.consistent and len(axes.rows) <= 1:
+            return (NEW,) * len(axes.rows)
+        if node in self.analysis.consistent:
+            raise Unsupported(
+                Refusal(
+                    "output",
+                    f"the output {node.name!r} has {len(axes.rows)} sequence axes: it has no newest row",
+                    (node.name,),
+                    source_of(node),
+                    "return it only outside decoding",
+                )
+            )
+        if not axes.rows and axes.fixed and self.is_newest(node):
+            return ()
+        raise Unsupported(explain_inconsistency(self.analysis))
+
+    def is_newest(self, node: fx.Node) -> bool:
+        """Whether a value without a sequence axis is a function of the newest rows of consistent values."""
+        nodes, inputs = closure(node, self.analysis.consistent)
+        unit = Unit(node, (), nodes, {i: (NEW,) * len(self.rows(i)) for i in inputs if is_tensor(i)})
+        return all(len(self.rows(i)) <= 1 for i in unit.reads) and self.reproduces(unit)
+
+    def want(self, node: fx.Node, demand: Demand) -> None:
+        """Record that a unit reads these rows of a value, and see that they will be there."""
+        axes = self.rows(node)
+        if not self.is_data(node) and len(axes) <= 1:
+            self.tables.setdefault(node, set()).add(demand)
+            return
+        if len(axes) == 1 and demand == (ALL,):
+            self.histories.add(node)
+            demand = (NEW,)
+        if node is not self.program.sequence:
+            self.demands.setdefault(node, set()).add(demand)
+
+    def unit(self, node: fx.Node, demand: Demand) -> Unit:
+        fallback: Unit | None = None
+        inside: frozenset[fx.Node] = frozenset()
+        for _ in range(_MOST_ABSORBED + 1):
+            nodes, inputs = closure(node, self.analysis.consistent, inside)
+            candidate = next(
+                (u for u in self.candidates(node, demand, nodes, inputs) if self.reproduces(u)), None
+            )
+            if candidate is not None:
+                whole = [i for i, d in candidate.reads.items() if d == (ALL,) and self.is_data(i)]
+                if not whole:
+                    return self.accept(fallback or candidate)
+                if len(demand) == 1 and len(whole) == 1:
+                    mixer = self.recognise(self.analysis, candidate, whole[0])
+                    if mixer is not None:
+                        return self.accept(Unit(node, demand, nodes, {whole[0]: (NEW,)}, "row", mixer))
+                fallback = fallback or candidate
+            else:
+                whole = [i for i in inputs if is_tensor(i) and len(self.rows(i)) > 1]
+            grown = inside | {i for i in whole if i.op != "placeholder"}
+            if grown == inside or (fallback is not None and len(demand) != 1):
+                break
+            inside = grown
+        if fallback is None:
+            raise Unsupported(
+                Refusal(
+                    "plan",
+                    f"{node.name!r} is causal, but no way to compute one new row of it was found",
+                    (node.name,),
+                    source_of(node),
+                    "please report this model: a causal operator should always have a plan",
+                )
+            )
+        return self.accept(fallback)
+
+    def accept(self, unit: Unit) -> Unit:
+        for node, demand in unit.reads.items():
+            self.want(node, demand)
+        return unit
+
+    def candidates(
+        self,
+        node: fx.Node,
+        demand: Demand,
+        nodes: tuple[fx.Node, ...],
+        inputs: tuple[fx.Node, ...],
+    ) -> Iterator[Unit]:
+        """Ways to read the inputs, cheapest first: by how many histories they need."""
+        tensors = [i for i in inputs if is_tensor(i)]
+        choices = [self.choices(i, len(demand)) for i in tensors]
+        assignments = sorted(itertools.product(*choices), key=lambda a: self.price(tensors, a))
+        bindings = ("row", "axis", "full", "region")
+        for assignment in assignments:
+            pairs = {d for i, d in zip(tensors, assignment, strict=True) if len(self.rows(i)) == 2}
+            if len(pairs) > 1:
+                continue  # else the corner of one operand could broadcast over a row of another
+            for binding in bindings:
+                yield Unit(node, demand, nodes, dict(zip(tensors, assignment, strict=True)), binding)
+
+    def choices(self, node: fx.Node, exit_axes: int) -> list[Demand]:
+        axes = len(self.rows(node))
+        if axes <= 1:
+            return [(NEW,), (ALL,)][: 2 * axes] or [()]
+        if axes == 2:
+            return [(NEW, ALL), (ALL, NEW), (NEW, NEW)]
+        return []
+
+    def price(self, tensors: list[fx.Node], assignment: tuple[Demand, ...]) -> tuple[int, int]:
+        data = sum(
+            demand.count(ALL) for node, demand in zip(tensors, assignment, strict=True) if self.is_data(node)
+        )
+        return data, sum(demand.count(ALL) for demand in assignment)
+
+    def reproduces(self, unit: Unit) -> bool:
+        return all(self.reproduces_at(unit, t) for t in dict.fromkeys(self.positions))
+
+    def reproduces_at(self, unit: Unit, t: int) -> bool:
+        expected = self.expected(unit, t)
+        if expected is None:
+            return True
+        env: dict[fx.Node, Any] = {node: self.given(node, d, t) for node, d in unit.reads.items()}
+        length = 1 if unit.binding == "row" else self.n
+        try:
+            with torch.no_grad():
+                found = run_unit(
+                    self.program,
+                    unit.nodes,
+                    env,
+                    length=length,
+                    batch=self.batch,
+                    lists=self.lists(unit) if unit.binding == "axis" else None,
+                    rewrite=widen_call,
+                )
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False
+        if not isinstance(found, Tensor) or found.dim() != expected.dim():
+            return False
+        for axis, kind in zip(self.rows(unit.exit), unit.demand, strict=True):
+            if kind == NEW and unit.binding == "region":
+                if found.shape[axis] != self.n:
+                    return False
+                found = found.narrow(axis, t, 1)
+            elif kind == ALL:
+                if found.shape[axis] != self.n:
+                    return False
+                found = found.narrow(axis, 0, t + 1)
+        return agrees(found, expected, _TOLERANCE)
+
+    def lists(self, unit: Unit) -> dict[int, int]:
+        return {
+            axis: 1 if kind == NEW else self.n
+            for axis, kind in zip(self.rows(unit.exit), unit.demand, strict=True)
+        }
+
+    def given(self, node: fx.Node, demand: Demand, t: int) -> Any:
+        value = self.values[node]
+        axes = self.rows(node)
+        if demand == (ALL,):
+            return zero_tail(value, axes[0], t) if self.is_data(node) else value
+        for axis, kind in zip(axes, demand, strict=True):
+            if kind == NEW:
+                value = take_row(value, axis, t)
+        return value
+
+    def expected(self, unit: Unit, t: int) -> Tensor | None:
+        if not unit.demand:
+            if unit.exit in self.analysis.consistent:
+                return self.values[unit.exit]
+            return self.analysis.values.get(t + 1, {}).get(unit.exit)
+        value = self.values[unit.exit]
+        for axis, kind in zip(self.rows(unit.exit), unit.demand, strict=True):
+            value = take_row(value, axis, t) if kind == NEW else value.narrow(axis, 0, t + 1)
+        return value

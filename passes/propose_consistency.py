@@ -1,0 +1,216 @@
+"""analyse, first half: mark the values that are prefix-consistent on random input (numeric proposal).
+
+A value is prefix-consistent on its axes of size s if ``V_s(x)[:r] == V_r(x[:r])`` for all r ≤ s. Here that is
+checked on the float64 twin at a few awkward lengths; the static certificate is another pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fi_compile.errors import Refusal, Unsupported
+from fi_compile.program import Program, as_expr, is_integer, is_tensor, source_of
+from fi_compile.twin import random_sequence, twin_values, widen_call
+
+_BATCH = 3
+_TOLERANCE = 1e-11  # of a value's scale; true noise of the twin stays under 4e-14
+_CHECKED = 4096  # a size is s if it equals s at every admitted length up to here
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Which dimensions of a tensor node run along the sequence (``rows``) and the batch.
+
+    ``fixed`` says that every other dimension has a size free of s.
+    """
+
+    rows: tuple[int, ...]
+    batch: tuple[int, ...]
+    fixed: bool
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """What the proposal found: per node its axes, the consistent nodes, and the twin's values."""
+
+    program: Program
+    axes: Mapping[fx.Node, Axes]
+    consistent: frozenset[fx.Node]
+    lengths: tuple[int, ...]
+    values: Mapping[int, Mapping[fx.Node, Any]]
+    parameters: Mapping[str, Tensor]
+
+    @cached_property
+    def longest(self) -> int:
+        """The longest sampled length."""
+        return max(self.lengths)
+
+
+def propose_consistency(program: Program, *, seed: int = 0) -> Consistency:
+    """Interpret the twin at several lengths and compare every node with itself on the common prefix.
+
+    Requires: a program. Ensures: nothing is edited. Raises :class:`Unsupported` if the twin does not run.
+    """
+    lengths = sample_lengths(program)
+    parameters = twin_values(program, perturb=seed)
+    values = {}
+    with torch.no_grad():
+        for n in lengths:
+            sequence = random_sequence(program, _batch_of(program), n, seed=seed)
+            try:
+                values[n] = program.evaluate(sequence, parameters, rewrite=widen_call)
+            except Exception as error:
+                raise Unsupported(
+                    Refusal("runtime", f"the traced graph fails at length {n}: {error}")
+                ) from error
+    axes = {node: _axes(program, node) for node in program.graph.nodes if is_tensor(node)}
+    consistent = frozenset(
+        node for node, where in axes.items() if where.fixed and _is_consistent(node, where, lengths, values)
+    )
+    return Consistency(program, axes, consistent, lengths, values, parameters)
+
+
+def _batch_of(program: Program) -> int:
+    return program.batch if isinstance(program.batch, int) else _BATCH
+
+
+def sample_lengths(program: Program) -> tuple[int, ...]:
+    """A few awkward admitted lengths that equal no dimension of the model, nor one more or less."""
+    taken = {
+        size + d
+        for value in (*program.values.values(), program.example)
+        for size in value.shape
+        for d in (-1, 0, 1)
+    } - {program.example.shape[1] + d for d in (-1, 0, 1)}
+    low = max(program.lengths.minimum, 2)
+    admitted = [n for n in range(low, low + 400) if program.lengths.admits(n)]
+    free = [n for n in admitted if n not in taken and n >= 7] or admitted
+    if len(free) < 2:
+        free = admitted
+    if not free:
+        raise Unsupported(Refusal("lengths", "the model's guards admit no length to analyse"))
+    picks = [free[min(i, len(free) - 1)] for i in (0, 5, 11, 16)]
+    return tuple(dict.fromkeys(picks))
+
+
+def _axes(program: Program, node: fx.Node) -> Axes:
+    lengths = program.lengths.upto(_CHECKED)
+    rows, batch, fixed = [], [], True
+    for dim, size in enumerate(node.meta["val"].shape):
+        expr = as_expr(size)
+        if isinstance(expr, int) or not getattr(expr, "free_symbols", None):
+            continue
+        if expr == program.batch:
+            batch.append(dim)
+            continue
+        small = program.size_values(expr, lengths, 3)
+        large = program.size_values(expr, lengths, 5)
+        if np.array_equal(small, lengths) and np.array_equal(large, lengths):
+            rows.append(dim)
+        elif np.ptp(small) or np.ptp(large):
+            fixed = False
+    return Axes(tuple(rows), tuple(batch), fixed)
+
+
+def _is_consistent(
+    node: fx.Node, axes: Axes, lengths: tuple[int, ...], values: Mapping[int, Mapping]
+) -> bool:
+    full = values[max(lengths)][node]
+    return all(agrees(values[n][node], narrowed(full, axes.rows, n)) for n in lengths[:-1]) and (
+        len(lengths) > 1
+    )
+
+
+def narrowed(value: Tensor, axes: tuple[int, ...], length: int) -> Tensor:
+    """The first ``length`` rows of a value along each of its sequence axes."""
+    for axis in axes:
+        value = value.narrow(axis, 0, length)
+    return value
+
+
+def agrees(found: Any, expected: Tensor, tolerance: float = _TOLERANCE) -> bool:
+    """Equal shapes and dtypes, equal infinities and NaNs, finite parts within tolerance of the scale."""
+    if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if not (found.is_floating_point() or found.is_complex()):
+        return bool(torch.equal(found, expected))
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(found)):
+        return False
+    if not bool(finite.all()):
+        special = ~finite
+        if not torch.allclose(found[special], expected[special], equal_nan=True):
+            return False
+        found, expected = found[finite], expected[finite]
+    if expected.numel() == 0:
+        return True
+    scale = float(expected.abs().max())
+    return float((found - expected).abs().max()) <= tolerance * scale
+
+
+def explain_inconsistency(analysis: Consistency) -> Refusal:
+    """The first inconsistent node on the way to an output, and whether the future or the length moves it."""
+    program = analysis.program
+    inside: set[fx.Node] = set()
+    for node in analysis.consistent:
+        inside |= _closure(node, analysis.consistent)
+    culprits = [
+        node
+        for node in program.graph.nodes
+        if is_tensor(node)
+        and node in program.input_dependent
+        and node not in analysis.consistent
+        and node not in inside
+        and len(analysis.axes[node].rows) <= 1
+    ]
+    culprit = next((n for n in culprits if analysis.axes[n].rows), culprits[0] if culprits else None)
+    if culprit is None:
+        return Refusal("length_dependent", "an output changes with the length of the sequence")
+    if _sees_future(analysis, culprit):
+        return Refusal(
+            "non_causal",
+            f"{culprit.name!r} sees the future: changing later positions changes earlier values",
+            (culprit.name,),
+            source_of(culprit),
+            "check for wraparound (transform length ≥ filter + sequence − 1), masks, flips and padding side",
+        )
+    return Refusal(
+        "length_dependent",
+        f"{culprit.name!r} depends on the length of the sequence, not only on the positions so far",
+        (culprit.name,),
+        source_of(culprit),
+        "compute filters, positions and scales for a fixed maximum length and cut them, not from x.shape[1]",
+    )
+
+
+def _closure(node: fx.Node, consistent: frozenset[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [a for a in node.all_input_nodes]
+    while stack:
+        current = stack.pop()
+        if current in consistent or current in found or is_integer(current):
+            continue
+        found.add(current)
+        stack.extend(current.all_input_nodes)
+    return found
+
+
+def _sees_future(analysis: Consistency, node: fx.Node) -> bool:
+    """Whether another future, at the same length, changes a value's earlier rows."""
+    program, n = analysis.program, analysis.longest
+    rows = analysis.axes[node].rows
+    sequence = random_sequence(program, _batch_of(program), n, seed=0)
+    other = random_sequence(program, _batch_of(program), n, seed=1)
+    cut = n // 2
+    mixed = torch.cat([sequence[:, :cut], other[:, cut:]], dim=1)
+    with torch.no_grad():
+        changed = program.evaluate(mixed, analysis.parameters, keep=[node], rewrite=widen_call)[node]
+    before = narrowed(analysis.values[n][node], rows, cut)
+    return not agrees(narrowed(changed, rows, cut), before, 1e-9)
