@@ -43,7 +43,7 @@ class Engine:
         )
         self.check_step()
         self._derived: dict[tuple[int, int], Derived] = {}
-        self._steps: dict[tuple[int, int], CompiledStep] = {}
+        self._steps: dict[Any, CompiledStep] = {}
         self._raised: dict[int, Program] = {}
 
     @cached_property
@@ -97,9 +97,8 @@ class Engine:
         return self._raised[id(derived)]
 
     def step(self, lane: Lane) -> CompiledStep:
-        """The compiled step for a lane's batch (and capacity, where the step's shapes depend on it)."""
-        sized = self.plan.histories or any(name.startswith("table:") for name in lane.tensors)
-        key = (lane.batch, lane.derived.capacity if sized else 0)
+        """The compiled step for a lane; lanes whose tensors have equal shapes and strides share it."""
+        key = lane.signature
         if key not in self._steps:
             self._steps[key] = CompiledStep(lane.derived.step, lane.tensors, self.options.step)
         return self._steps[key]

@@ -473,3 +473,8 @@ def tidy_scale(value: Any) -> Any:
             "length_as_value", "multiplies by a factor of the length that is 0 or not finite somewhere"
         )
     return 1.0 if bool((np.abs(value - base) <= 1e-12 * np.abs(base)).all()) else value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a uniform value is known as one finite or infinite number."""
+    return isinstance(value, (bool, int, float))

@@ -69,6 +69,13 @@ class Lane:
             held += self.conv.history.nbytes + self.conv.pending.nbytes
         return held
 
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """Names, shapes, strides and dtypes of the step's tensors: what a compiled step is specialised to."""
+        return tuple(
+            (name, tuple(t.shape), t.stride(), t.dtype) for name, t in self.tensors.items()
+        )
+
     def _begin_block(self, start: int) -> None:
         """Load the tables' rows of the base block that begins at ``start``."""
         self.block_start = start
@@ -84,8 +91,9 @@ class Lane:
     def step(self, row: Tensor, run: Step) -> Sequence[Any]:
         """One new position from ``row`` [B, 1, …]; returns the outputs' rows."""
         self.broken = True
-        self.tensors["row"] = row
-        outputs = run(self.tensors)
+        self.tensors["row"].copy_(row)
+        with torch.no_grad():
+            outputs = run(self.tensors)
         self.position += 1
         if self.conv is not None:
             self.conv.advance()

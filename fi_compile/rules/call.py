@@ -71,6 +71,7 @@ class Call:
     row_local: bool = False
     linear: list[frozenset[fx.Node]] = field(default_factory=list)
     invariant: list[frozenset[fx.Node]] = field(default_factory=list)
+    affine_groups: list[frozenset[fx.Node]] = field(default_factory=list)
     conditions: list[str] = field(default_factory=list)
     read: set[fx.Node] = field(default_factory=set)
     arguments: dict[str, Any] = field(default_factory=dict)

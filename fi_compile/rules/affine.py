@@ -1,0 +1,99 @@
+"""Index arithmetic: tensors whose value is affine in their indices, and what their comparisons decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..facts import Affine, Fact, Quantity, Triangle, constant, is_number, tidy
+
+Bounds = tuple[Any, Any]
+
+
+def moved(affine: Affine, dim: int, start: Quantity) -> Affine | None:
+    """The same values after ``[start:]`` along ``dim``."""
+    return Affine(affine.coefficients, add(affine.offset, np.multiply(start, affine.coefficients[dim])))
+
+
+def add(a: Any, b: Any) -> Any:
+    """Sum of offsets."""
+    total = np.add(a, b)
+    if np.asarray(total).ndim == 0:
+        return total.item() if hasattr(total, "item") else total
+    return tidy(total) if total.dtype != np.float64 else total
+
+
+def aligned(fact: Fact, rank: int) -> Affine | None:
+    """A fact's affine form with coefficients for ``rank`` dimensions, aligned at the right; numbers are affine."""
+    if fact.affine is not None:
+        missing = rank - len(fact.affine.coefficients)
+        return Affine((0,) * missing + fact.affine.coefficients, fact.affine.offset)
+    if is_number(fact.fill):
+        return Affine((0,) * rank, fact.fill)
+    return None
+
+
+def combine(a: Affine, b: Affine, factor: float = 1) -> Affine:
+    """``a + factor * b``."""
+    coefficients = tuple(x + factor * y for x, y in zip(a.coefficients, b.coefficients, strict=True))
+    return Affine(coefficients, add(a.offset, np.multiply(factor, b.offset)))
+
+
+def scaled(a: Affine, factor: float) -> Affine:
+    """``factor * a``."""
+    return Affine(tuple(factor * x for x in a.coefficients), add(np.multiply(factor, a.offset), 0))
+
+
+def bounds(affine: Affine, sizes: Sequence[Quantity], region: tuple[int, int, str] | None = None) -> Bounds:
+    """Least and greatest value at every length; ``region`` (query, key, "above" | "below" | "diagonal")."""
+    low: Any = affine.offset
+    high: Any = affine.offset
+    terms = []
+    coefficients = list(affine.coefficients)
+    if region is not None:
+        q, k, where = region
+        a, b = coefficients[q], coefficients[k]
+        coefficients[q] = coefficients[k] = 0
+        # above: key = query + 1 + m; below (and on): query = key + m; diagonal: query = key
+        top = np.minimum(sizes[q], sizes[k]) - 1
+        if where == "above":
+            span = np.subtract(sizes[k], 2)
+            low, high = add(low, b), add(high, b)
+            terms += [(a + b, np.maximum(np.minimum(np.subtract(sizes[q], 1), span), 0)), (b, np.maximum(span, 0))]
+        elif where == "below":
+            terms += [(a + b, np.maximum(top, 0)), (a, np.maximum(np.subtract(sizes[q], 1), 0))]
+        else:
+            terms += [(a + b, np.maximum(top, 0))]
+    terms += [(c, np.subtract(size, 1)) for c, size in zip(coefficients, sizes, strict=True) if c]
+    for c, span in terms:
+        reach = np.multiply(c, span)
+        low, high = add(low, np.minimum(0, reach)), add(high, np.maximum(0, reach))
+    return low, high
+
+
+# A comparison of d = a - b with 0, decided by the bounds of d: True, False or None (undecided).
+DECIDE: dict[str, Callable[[Any, Any], bool | None]] = {
+    "lt": lambda lo, hi: True if np.all(hi < 0) else False if np.all(lo >= 0) else None,
+    "le": lambda lo, hi: True if np.all(hi <= 0) else False if np.all(lo > 0) else None,
+    "gt": lambda lo, hi: True if np.all(lo > 0) else False if np.all(hi <= 0) else None,
+    "ge": lambda lo, hi: True if np.all(lo >= 0) else False if np.all(hi < 0) else None,
+    "eq": lambda lo, hi: True if np.all((lo == 0) & (hi == 0)) else False if np.all((hi < 0) | (lo > 0)) else None,
+    "ne": lambda lo, hi: False if np.all((lo == 0) & (hi == 0)) else True if np.all((hi < 0) | (lo > 0)) else None,
+}
+
+
+def compared(name: str, difference: Affine, sizes: Sequence[Quantity]) -> tuple[Triangle, ...]:
+    """What ``difference <name> 0`` is above the diagonal of every pair of sequence dimensions."""
+    follows = [d for d, size in enumerate(sizes) if not constant(size)]
+    found = []
+    for q in follows:
+        for k in follows:
+            if q == k:
+                continue
+            above = DECIDE[name](*bounds(difference, sizes, (q, k, "above")))
+            if above is not None:
+                diagonal = DECIDE[name](*bounds(difference, sizes, (q, k, "diagonal")))
+                found.append(Triangle(q, k, above, diagonal))
+    return tuple(found)

@@ -1,0 +1,169 @@
+"""What elementwise maps do to the knowledge above and on a diagonal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..facts import JUNK, Fact, Triangle, constant, is_number
+from .call import Call
+
+# In a softmax, scores this low weigh exactly nothing beside an ordinary one.
+VERY_LOW = -1e30
+
+
+def of_operand(fact: Fact, rank: int, query: int, key: int) -> tuple[Any, Any]:
+    """An operand's state above and on the diagonal of two dimensions of the result."""
+    if is_number(fact.fill):
+        return fact.fill, fact.fill
+    missing = rank - len(fact.dims)
+    for t in fact.triangles:
+        if (t.query + missing, t.key + missing) == (query, key):
+            return t.above, t.diagonal
+    return None, None
+
+
+def pairs(facts: Sequence[Fact], rank: int) -> set[tuple[int, int]]:
+    """The (query, key) pairs any operand knows about, as dimensions of the result."""
+    return {(t.query + rank - len(f.dims), t.key + rank - len(f.dims)) for f in facts for t in f.triangles}
+
+
+def combined(c: Call, rank: int) -> tuple[Triangle, ...]:
+    """The triangles of an elementwise operator's result."""
+    nodes = c.tensors()
+    facts = [c.fact(n) for n in nodes]
+    found = []
+    for query, key in sorted(pairs(facts, rank)):
+        states = [of_operand(f, rank, query, key) for f in facts]
+        above = state(c, dict(zip(nodes, (s[0] for s in states), strict=True)))
+        diagonal = state(c, dict(zip(nodes, (s[1] for s in states), strict=True)))
+        if above is not None:
+            found.append(Triangle(query, key, above, diagonal))
+    return tuple(found)
+
+
+def state(c: Call, states: dict[Any, Any]) -> Any:
+    """One entry of the result, given that entry of every tensor operand: a number, ``None`` or JUNK."""
+    special = _SPECIAL.get(c.name)
+    if special is not None:
+        result = special(c, states)
+        if result is not _UNDECIDED:
+            return result
+    if all(is_number(v) for v in states.values()) and not any(
+        isinstance(a, torch.fx.Node) and a not in states for a in c.node.all_input_nodes
+    ):
+        return evaluated(c, states)
+    return JUNK if any(v is JUNK for v in states.values()) else None
+
+
+def evaluated(c: Call, states: dict[Any, Any]) -> Any:
+    """The operator itself, run on numbers."""
+
+    def scalar(node: Any) -> torch.Tensor:
+        dtype = node.meta["val"].dtype
+        return torch.tensor(states[node], dtype=dtype)
+
+    args, kwargs = torch.fx.map_arg((c.node.args, c.node.kwargs), scalar)
+    try:
+        value = c.node.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_complex():
+        return None
+    number = value.item()
+    return None if isinstance(number, float) and math.isnan(number) else number
+
+
+_UNDECIDED = object()
+
+
+def _operand(c: Call, name: str, states: dict[Any, Any]) -> Any:
+    raw = c.arg(name)
+    return states.get(raw) if isinstance(raw, torch.fx.Node) else raw
+
+
+def _where(c: Call, states: dict[Any, Any]) -> Any:
+    condition = _operand(c, "condition", states)
+    if isinstance(condition, bool):
+        return _operand(c, "self" if condition else "other", states)
+    return _UNDECIDED
+
+
+def _masked_fill(c: Call, states: dict[Any, Any]) -> Any:
+    mask = _operand(c, "mask", states)
+    if isinstance(mask, bool):
+        return _operand(c, "value" if mask else "self", states)
+    return _UNDECIDED
+
+
+def _product(c: Call, states: dict[Any, Any]) -> Any:
+    values = [_operand(c, "self", states), _operand(c, "other", states)]
+    if any(is_number(v) and v == 0 for v in values):
+        other = values[1] if is_number(values[0]) and values[0] == 0 else values[0]
+        if other is None and not _may_overflow(c):
+            return 0
+        if is_number(other) and math.isfinite(other):
+            return 0
+        return JUNK
+    return _UNDECIDED
+
+
+def _may_overflow(c: Call) -> bool:
+    """Whether the factor beside a zero is a table that is not finite everywhere (0 · inf is NaN)."""
+    for node in c.tensors():
+        if not c.context.is_data(node) and len([a for a in c.fact(node).axes if not constant(a.size)]) > 1:
+            table = c.context.table(node)
+            if table is None or not bool(torch.isfinite(table).all()):
+                return True
+    return False
+
+
+def _sum(c: Call, states: dict[Any, Any]) -> Any:
+    a, b = _operand(c, "self", states), _operand(c, "other", states)
+    if c.name == "sub":
+        b = -b if is_number(b) and not isinstance(b, bool) else b if b is None or b is JUNK else _UNDECIDED
+    if b is _UNDECIDED or a is JUNK or b is JUNK or c.arg("alpha", 1) != 1:
+        return _UNDECIDED
+    for known, other in ((a, b), (b, a)):
+        if is_number(known) and known <= VERY_LOW and other is None:
+            return float(known)
+    return _UNDECIDED
+
+
+def _and(c: Call, states: dict[Any, Any]) -> Any:
+    values = [_operand(c, "self", states), _operand(c, "other", states)]
+    return False if any(v is False for v in values) else _UNDECIDED
+
+
+def _or(c: Call, states: dict[Any, Any]) -> Any:
+    values = [_operand(c, "self", states), _operand(c, "other", states)]
+    return True if any(v is True for v in values) else _UNDECIDED
+
+
+def _quotient(c: Call, states: dict[Any, Any]) -> Any:
+    numerator, denominator = _operand(c, "self", states), _operand(c, "other", states)
+    if is_number(numerator) and denominator is None and c.arg("rounding_mode") is None:
+        if numerator == 0 or numerator <= VERY_LOW and not isinstance(c.arg("other"), torch.fx.Node):
+            return numerator
+    if numerator is not None and numerator is not JUNK and numerator <= VERY_LOW and is_number(denominator):
+        return float(numerator) / abs(denominator) if denominator > 0 else _UNDECIDED
+    return _UNDECIDED
+
+
+_SPECIAL = {
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "mul": _product,
+    "add": _sum,
+    "sub": _sum,
+    "bitwise_and": _and,
+    "logical_and": _and,
+    "__and__": _and,
+    "bitwise_or": _or,
+    "logical_or": _or,
+    "__or__": _or,
+    "div": _quotient,
+}

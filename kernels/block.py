@@ -1,0 +1,51 @@
+"""The sum inside a base block: what earlier positions of the block contribute to this one.
+
+The step runs it inside its compiled graph, so it is one gather, one product and one sum of static
+shapes. Source: docs/algorithms.md, "Base block".
+"""
+
+import torch
+from torch import Tensor
+
+
+def block_table(filters: Tensor, block: int, filter_index: Tensor | None = None) -> Tensor:
+    """Lags K - 1 ... 1, then zeros, such that row K - j + i weighs row i of a block at position j.
+
+    filters: [F, T]; lags beyond T count as zero. Returns [2K, Cout]: row r holds lag K - r for
+    0 < r < K and is exactly zero elsewhere, so that rows i >= j weigh nothing.
+    """
+    lags = filters[:, 1:block]
+    if filter_index is not None:
+        lags = lags.index_select(0, filter_index)
+    table = filters.new_zeros(2 * block, lags.shape[0])
+    table[block - lags.shape[1] : block] = lags.flip(-1).T
+    return table
+
+
+def block_sum_reference(
+    inputs: Tensor, filters: Tensor, j: int, source: Tensor | None, filter_index: Tensor | None
+) -> Tensor:
+    """The definition: `sum over i < j of inputs[i] · rho[j - i]`. Returns [B, Cout]."""
+    if source is not None:
+        inputs = inputs[:, :, source]
+    if filter_index is not None:
+        filters = filters[filter_index]
+    out = torch.zeros_like(inputs[0])
+    for i in range(j):
+        if j - i < filters.shape[1]:
+            out += inputs[i] * filters[:, j - i]
+    return out
+
+
+def block_sum(inputs: Tensor, table: Tensor, j: Tensor, source: Tensor | None = None) -> Tensor:
+    """The same through `block_table`.
+
+    inputs: [K, B, Cin], finite in every row; table: [2K, Cout]; j: int64 tensor of one element, the
+    position inside the block, 0 <= j < K; source: int64 [Cout] or None. Returns [B, Cout].
+    """
+    block = inputs.shape[0]
+    rows = torch.arange(block, device=inputs.device) + (block - j)
+    weights = table.index_select(0, rows)
+    if source is not None:
+        inputs = inputs.index_select(2, source)
+    return (inputs * weights.unsqueeze(1)).sum(0)
