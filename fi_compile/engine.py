@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .derive import Derived, derive
 from .errors import CapacityError, Refusal, Unsupported
 from .lane import Lane
 from .lower import CompiledStep
-from .mixers.convolution import recognise
+from .mixers.convolution import Convolution, FilterGrew, recognise, verify
 from .mixers.stack import state_dtype
 from .options import Options
 from .passes.plan_demands import plan_demands
 from .passes.propose_consistency import Consistency, agrees, propose_consistency
 from .passes.raise_mixers import raise_mixers
-from .program import Program, is_tensor
+from .program import Kind, Program, is_tensor, source_of
+from .report import MixerReport, Report, Snapshot
+from .schedule import Schedule
 from .step import StepProgram
-from .twin import twin_values, widen_call
-from .units import Plan, take_row
+from .text import graph_text, program_text
+from .twin import random_sequence, twin_values, widen_call
+from .units import Plan, Unit, take_row
 
 log = logging.getLogger(__name__)
 
@@ -30,33 +35,95 @@ log = logging.getLogger(__name__)
 class Engine:
     """A program analysed and split, with its derived values and compiled steps.
 
-    Shared by every decoder, fork and session of one model. ``capacity`` in the methods is a number of positions the
-    derived filters and tables reach.
+    Shared by every decoder, fork and session of one model. Raises :class:`Unsupported` where the model cannot be
+    decoded exactly, :class:`CapacityError` where ``max_length`` exceeds what its tables hold.
     """
 
-    def __init__(self, program: Program, options: Options) -> None:
-        self.program, self.options = program, options
+    def __init__(self, program: Program, options: Options, model: nn.Module | None = None) -> None:
+        self.program, self.options, self.model = program, options, model
         self.capacity = self._first_capacity()
-        self.analysis: Consistency = propose_consistency(program)
-        self.plan: Plan = plan_demands(
-            self.analysis, lambda analysis, unit, x: recognise(analysis, unit, x, self.capacity)
-        )
-        self.check_step()
         self._derived: dict[tuple[int, int], Derived] = {}
         self._steps: dict[Any, CompiledStep] = {}
         self._raised: dict[int, Program] = {}
+        self._snapshots: list[Snapshot] = []
+        self._analyse()
+
+    def _analyse(self) -> None:
+        self._timed("trace", lambda: None, program=self.program, rewrites=0)
+        self.analysis: Consistency = propose_consistency(self.program)
+        self.plan: Plan = self._timed("analyse", self._plan, program=self.program, rewrites=0)
+        self.check_step()
+        derived = self._timed("derive", lambda: self.derived(1), rewrites=0)
+        self._timed("raise", lambda: self.raised(derived), rewrites=len(derived.step.mixers))
+
+    def _plan(self) -> Plan:
+        return plan_demands(self.analysis, self._recognise)
+
+    def _recognise(self, analysis: Consistency, unit: Unit, x: fx.Node) -> Convolution | None:
+        found = recognise(analysis, unit, x, self.capacity)
+        if found is None or not verify(found, analysis.parameters, self.capacity):
+            return None
+        return found
+
+    def _timed(
+        self, name: str, run: Callable[[], Any], *, rewrites: int, program: Program | None = None
+    ) -> Any:
+        """Run a pass, time it and keep a snapshot of what it left."""
+        start = time.perf_counter()
+        result = run()
+        spent = 1e3 * (time.perf_counter() - start)
+        program = result if isinstance(result, Program) else program
+        log.info("%s: %d rewrites, %.1f ms", name, rewrites, spent)
+        if program is not None:
+            self._snapshots.append(Snapshot(name, spent, rewrites, program_text(program), program))
+        return result
+
+    # -- facts ---------------------------------------------------------------------------------------------
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of state: float64 for a float64 model, else float32."""
-        floats = [v.dtype for v in self.program.values.values() if v.is_floating_point()]
+        floats = {v.dtype for v in self.program.values.values() if v.is_floating_point()}
         return state_dtype(torch.float64 if torch.float64 in floats else torch.float32)
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether the sequence is of integers that index a table."""
+        return not self.program.example.dtype.is_floating_point
 
     @property
     def most(self) -> int | None:
         """The most positions a sequence may have, or None."""
         limits = [n for n in (self.options.max_length, self.program.lengths.maximum) if n is not None]
         return min(limits) if limits else None
+
+    @cached_property
+    def rows_independent(self) -> bool:
+        """Whether each row of every output depends on the same row of the sequence only."""
+        n = self.analysis.lengths[0]
+        program, values = self.program, self.analysis.parameters
+        if isinstance(program.batch, int):
+            return False
+        outputs = [o for o in program.outputs if isinstance(o, fx.Node)]
+        if not all(len(self.plan.batch_axes[o]) == 1 for o in outputs if o in program.input_dependent):
+            return False
+        sequence = random_sequence(program, 3, n, seed=0)
+        other = random_sequence(program, 3, n, seed=1)
+        other[1] = sequence[1]
+        with torch.no_grad():
+            first = program.evaluate(sequence, values, keep=outputs, rewrite=widen_call)
+            second = program.evaluate(other, values, keep=outputs, rewrite=widen_call)
+        return all(
+            agrees(second[o].select(a, 1), first[o].select(a, 1))
+            for o in outputs
+            for a in self.plan.batch_axes[o]
+        )
+
+    def runs_at(self, length: int) -> bool:
+        """Whether the graph itself may run at this length."""
+        return self.program.lengths.admits(length)
+
+    # -- capacity ------------------------------------------------------------------------------------------
 
     def _first_capacity(self) -> int:
         wanted, most = self.options.max_length, self.program.lengths.maximum
@@ -68,16 +135,33 @@ class Engine:
             return wanted
         return min(self.options.capacity, most) if most is not None else self.options.capacity
 
+    def capacity_for(self, needed: int, *, grow: bool = False) -> int:
+        """The capacity, doubled from the first one, that holds ``needed`` positions.
+
+        Raises :class:`CapacityError` beyond the most positions there may be, or where growth is switched off.
+        """
+        capacity = self.capacity
+        if self.most is not None and needed > self.most:
+            if grow or needed > self.most + 1:
+                raise CapacityError(f"{needed} positions exceed {self.most}, the most there may be")
+            needed = self.most
+        if grow and needed > capacity and not self.options.growth:
+            raise CapacityError(f"the capacity of {capacity} positions is used up and growth is off")
+        while capacity < needed:
+            capacity *= 2
+        return capacity if self.most is None else min(capacity, self.most)
+
+    # -- what depends on the weights -----------------------------------------------------------------------
+
     def derived(self, batch: int, capacity: int | None = None) -> Derived:
         """Filters and tables for a capacity, derived once per weight version."""
         capacity = capacity or self.capacity
         key = (batch if self.tables_have_batch else 0, capacity)
         if key not in self._derived:
             step = StepProgram(self.program, self.plan, capacity)
-            values = dict(self.program.values)
             self._derived[key] = derive(
                 step,
-                values,
+                dict(self.program.values),
                 twin_values(self.program),
                 dtype=self.dtype,
                 block=self.options.block,
@@ -90,11 +174,32 @@ class Engine:
         """Whether some table has one row per batch row."""
         return any(self.plan.batch_axes[node] for node in self.plan.tables)
 
+    def renew(self, values: Mapping[str, Tensor]) -> None:
+        """Take over changed weights: derive again, and analyse again where what was proved may have changed."""
+        kinds = {i.name: i.kind for i in self.program.inputs}
+        before = self.program.values
+        again = any(
+            kinds[name] is not Kind.PARAMETER and value is not before.get(name)
+            for name, value in values.items()
+        )
+        self.program = self.program.with_values(values)
+        self._derived.clear()
+        self._raised.clear()
+        try:
+            if again:
+                self._analyse()
+            else:
+                self.derived(1)
+        except FilterGrew:
+            self._analyse()
+
     def raised(self, derived: Derived) -> Program:
         """The program with semantic nodes, its filters cut from the derived ones."""
         if id(derived) not in self._raised:
             self._raised[id(derived)] = raise_mixers(self.program, self.plan, derived.references)
         return self._raised[id(derived)]
+
+    # -- running -------------------------------------------------------------------------------------------
 
     def step(self, lane: Lane) -> CompiledStep:
         """The compiled step for a lane; lanes whose tensors have equal shapes and strides share it."""
@@ -102,11 +207,6 @@ class Engine:
         if key not in self._steps:
             self._steps[key] = CompiledStep(lane.derived.step, lane.tensors, self.options.step)
         return self._steps[key]
-
-    def invalidate(self) -> None:
-        """Forget what was derived from the weights."""
-        self._derived.clear()
-        self._raised.clear()
 
     def forward(self, sequence: Tensor, derived: Derived) -> tuple[list[Any], dict[str, Tensor]]:
         """One pass over a whole sequence: the flat outputs, and the values a lane is filled with."""
@@ -118,6 +218,8 @@ class Engine:
             found = program.evaluate(sequence, keep=[*taps.values(), *outputs])
         flat = [found[o] if isinstance(o, fx.Node) else o for o in program.outputs]
         return flat, {name: found[node] for name, node in taps.items()}
+
+    # -- falsification -------------------------------------------------------------------------------------
 
     def check_step(self) -> None:
         """Decode the sampled sequence in double precision and compare every output at every position.
@@ -138,21 +240,19 @@ class Engine:
             rewrite=widen_call,
         )
         lane = Lane(twin, sequence.shape[0])
-        with torch.no_grad():
-            for t in range(n):
-                row = sequence[:, t : t + 1]
-                found = lane.step(row, lambda tensors: step(tensors, widen_call))
-                for node, value in zip(self.program.outputs, found, strict=True):
-                    expected = self._expected(node, t)
-                    if expected is not None and not agrees(value, expected, 1e-9):
-                        raise Unsupported(
-                            Refusal(
-                                "internal",
-                                f"the derived step disagrees with the model at position {t} of {node.name!r}",
-                                (node.name,),
-                                hint="please report this model: the analysis accepted a plan that is wrong",
-                            )
+        for t in range(n):
+            found = lane.step(sequence[:, t : t + 1], lambda tensors: step(tensors, widen_call))
+            for node, value in zip(self.program.outputs, found, strict=True):
+                expected = self._expected(node, t)
+                if expected is not None and not agrees(value, expected, 1e-9):
+                    raise Unsupported(
+                        Refusal(
+                            "internal",
+                            f"the derived step disagrees with the model at position {t} of {node.name!r}",
+                            (node.name,),
+                            hint="please report this model: the analysis accepted a plan that is wrong",
                         )
+                    )
 
     def _expected(self, node: Any, t: int) -> Tensor | None:
         if not is_tensor(node):
@@ -161,3 +261,55 @@ class Engine:
         if axes:
             return take_row(self.analysis.values[self.analysis.longest][node], axes[0], t)
         return self.analysis.values.get(t + 1, {}).get(node)
+
+    # -- report --------------------------------------------------------------------------------------------
+
+    @property
+    def report(self) -> Report:
+        """What was found and how it runs."""
+        derived = self.derived(1)
+        snapshots = list(self._snapshots)
+        for compiled in list(self._steps.values())[:1]:
+            text = graph_text(compiled.graph_module.graph)
+            snapshots.append(
+                Snapshot("split", compiled.milliseconds, 0, text, graph=compiled.graph_module.graph)
+            )
+        schedule = Schedule(self.options.block, self.capacity) if derived.bank is not None else None
+        return Report(
+            verdict="proved",
+            mixers=tuple(self._mixer_report(unit) for unit in self.plan.units if self._looks_back(unit)),
+            snapshots=tuple(snapshots),
+            schedule=schedule,
+            state_bytes=Lane(derived, 1).state_bytes,
+            capacity=self.capacity,
+        )
+
+    def _looks_back(self, unit: Unit) -> bool:
+        return unit.mixer is not None or any(node in self.plan.histories for node in unit.reads)
+
+    def _mixer_report(self, unit: Unit) -> MixerReport:
+        name, source = module_path(unit.exit), source_of(unit.exit)
+        mixer = unit.mixer
+        if mixer is None:
+            kind, lowering = ("region", "history") if unit.is_region else ("attention", "kv_cache")
+            cost = "all rows so far, recomputed" if unit.is_region else "one row against all rows so far"
+            return MixerReport(name, kind, source, None, None, (), "proved", lowering, cost)
+        lowering = {"long_conv": "tiles", "short_conv": "window", "scan": "running_sum"}[mixer.kind]
+        taps = mixer.support if mixer.kind == "short_conv" else None
+        cost = {
+            "tiles": "C·(K/2 + O(log² L)) multiply-adds",
+            "window": f"{taps}·C multiply-adds",
+            "running_sum": "C additions",
+        }[lowering]
+        length = None if mixer.kind == "scan" else mixer.support
+        channels = mixer.layout_out.count
+        return MixerReport(
+            name, mixer.kind, source, channels, length, mixer.depends_on, "proved", lowering, cost
+        )
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module whose forward made a node, or the node's own name at the top."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0]), "")
+    return path or node.name

@@ -28,6 +28,7 @@ class Lane:
         self.derived, self.batch = derived, batch
         self.position = 0
         self.broken = False
+        self.owners = 1  # decoders that share this lane until one of them writes
         program, step = derived.step.program, derived.step
         device = program.example.device
         with torch.inference_mode(False):
@@ -72,9 +73,7 @@ class Lane:
     @property
     def signature(self) -> tuple[Any, ...]:
         """Names, shapes, strides and dtypes of the step's tensors: what a compiled step is specialised to."""
-        return tuple(
-            (name, tuple(t.shape), t.stride(), t.dtype) for name, t in self.tensors.items()
-        )
+        return tuple((name, tuple(t.shape), t.stride(), t.dtype) for name, t in self.tensors.items())
 
     def _begin_block(self, start: int) -> None:
         """Load the tables' rows of the base block that begins at ``start``."""
@@ -149,9 +148,9 @@ class Lane:
         self.broken = False
         return True
 
-    def select(self, index: Tensor) -> Lane:
+    def select(self, index: Tensor, derived: Derived | None = None) -> Lane:
         """A new lane of rows ``index`` (int64 [B'], repeats allowed)."""
-        return self._copied(index, self.derived)
+        return self._copied(index, derived or self.derived)
 
     def moved(self, derived: Derived) -> Lane:
         """The same rows at another capacity, at the same position."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ class CompiledStep:
     """
 
     def __init__(self, step: StepProgram, tensors: Mapping[str, Tensor], how: str) -> None:
+        start = time.perf_counter()
         self.names = tuple(tensors)
         self.constant: list[Any] = []
         self.places: list[int | None] = []
@@ -48,7 +50,7 @@ class CompiledStep:
             self.places.clear()
             self.constant = [None if isinstance(o, Tensor) else o for o in outputs]
             self.places.extend(i for i, o in enumerate(outputs) if isinstance(o, Tensor))
-            return [o for o in outputs if isinstance(o, Tensor)]
+            return [o.clone() for o in outputs if isinstance(o, Tensor)]  # never a view of the state
 
         example = [tensors[name] for name in self.names]
         with torch.no_grad():
@@ -60,6 +62,7 @@ class CompiledStep:
             )(*example)
         self.graph_module.graph.eliminate_dead_code()
         self.run = self.graph_module if how == "eager" else self._inductor(example)
+        self.milliseconds = 1e3 * (time.perf_counter() - start)
 
     def _inductor(self, example: list[Tensor]) -> Any:
         from torch._inductor import config

@@ -152,9 +152,9 @@ class Program:
         interpret(nodes, env, wanted, rewrite)
         return env if wanted is None else {n: env[n] for n in wanted}
 
-    def with_graph(self, module: fx.GraphModule, **changes: Any) -> Program:
-        """The same program around another graph."""
-        return replace(self, module=module, **changes)
+    def with_values(self, values: Mapping[str, Tensor]) -> Program:
+        """The same program on other weights; inputs that ``values`` does not name keep theirs."""
+        return replace(self, values={**self.values, **values})
 
 
 def interpret(

@@ -1,0 +1,459 @@
+"""The decoder: prefill, step, extend, rewind, fork, reorder over the state of one batch of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from .capture import trace_module
+from .engine import Engine
+from .errors import CapacityError, DecoderBroken, InputError, Refusal, Unsupported, WeightsChanged
+from .lane import Lane
+from .options import Options, read_options
+from .report import Report
+from .twin import vocabulary
+from .weights import WeightWatch
+
+# From here on one forward over the whole sequence is preferred to single steps.
+_LEAST_BY_FORWARD = 64
+_FORWARD_SHARE = 16
+
+
+def decoder(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    max_length: int | None = None,
+    options: Mapping[str, Any] | Options | None = None,
+) -> Decoder:
+    """Derive an exact incremental decoder from a causal model's full-sequence ``forward``.
+
+    ``example``: ids [B, s] or features [B, s, D], sequence axis 1, of the kind the model reads; its values do not
+    matter. ``max_length``: most positions a sequence may have (default: what the model's tables admit, growing).
+
+    Raises :class:`Unsupported` when the model cannot be decoded exactly (which node, which source line, why, what
+    to change), :class:`CapacityError` when ``max_length`` exceeds what its tables hold, :class:`InputError` on
+    unknown options or an example of the wrong form.
+    """
+    chosen = read_options(options, max_length=max_length)
+    engine = build_engine(model, example, chosen)
+    return Decoder(engine, model, example.shape[0])
+
+
+def build_engine(model: nn.Module, example: Tensor, options: Options) -> Engine:
+    """Check the arguments, trace and analyse a model."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a torch.nn.Module, found {type(model).__name__}")
+    if not isinstance(example, Tensor) or example.dim() not in (2, 3) or 0 in example.shape:
+        shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise InputError(f"example: expected ids [B, s] or features [B, s, D], found {shape}")
+    refusals = [*_active_dropout(model), *_not_finite(model)]
+    if refusals:
+        raise Unsupported(*refusals)
+    program = trace_module(model, example, length=options.max_length)
+    return Engine(program, options, model)
+
+
+def _active_dropout(model: nn.Module) -> list[Refusal]:
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return [
+                Refusal(
+                    "training",
+                    f"{name!r} drops activations at random: the model is in training mode",
+                    hint="call model.eval() first",
+                )
+            ]
+    return []
+
+
+def _not_finite(model: nn.Module) -> list[Refusal]:
+    for name, value in model.named_parameters():
+        if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
+            return [
+                Refusal(
+                    "weights",
+                    f"parameter {name!r} has NaN or infinite values",
+                    hint="load finite weights; nothing can be compared with a model that computes NaN",
+                )
+            ]
+    return []
+
+
+class Decoder:
+    """Sequences being decoded, and everything kept of them.
+
+    Rows may be at different positions; rows at the same position run in lockstep. A tensor that was returned never
+    changes later. Outputs keep the model's structure; an output with a sequence axis is returned without it (one
+    position) or with it (``extend``).
+    """
+
+    def __init__(self, engine: Engine, model: nn.Module | None, batch: int) -> None:
+        self.engine, self.model = engine, model
+        self._watch = WeightWatch(engine.program, model)
+        self._vocabulary = vocabulary(engine.program) if engine.reads_ids else None
+        self._lanes: list[tuple[Lane, list[int]]] = []
+        self._batch = batch
+        self.reset()
+
+    # -- what is there -------------------------------------------------------------------------------------
+
+    @property
+    def report(self) -> Report:
+        """What was found in the model and how it runs."""
+        return self.engine.report
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences B."""
+        return self._batch
+
+    @property
+    def capacity(self) -> int:
+        """Positions there is room for without growing."""
+        return min(lane.derived.capacity for lane, _ in self._lanes)
+
+    @property
+    def position(self) -> Tensor:
+        """Positions done, per row: int64 [B]."""
+        position = torch.zeros(self._batch, dtype=torch.int64)
+        for lane, rows in self._lanes:
+            position[rows] = lane.position
+        return position
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state of these sequences (weights, filters and tables are shared and not counted)."""
+        return sum(lane.state_bytes for lane, _ in self._lanes) + self._sequence.nbytes
+
+    # -- whole sequences -----------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget the sequences: position 0, weights as they are now."""
+        self._renew_weights()
+        self._start(self._batch)
+
+    def refresh(self) -> None:
+        """Take notice of weights written behind autograd's back, and recompute the state from the inputs kept."""
+        sequence, position = self._sequence, self.position
+        self._watch.remember()
+        self.engine.renew(self._watch.current())
+        self._prefill(sequence[:, : int(position.max())], position.tolist())
+
+    def prefill(self, prompt: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Any:
+        """Start new sequences from a prompt [B, P(, D)]; return the outputs at each row's last position.
+
+        ``lengths``: positions of each row that count (ragged prompts, padded at the end), each 1 … P. Raises
+        :class:`InputError` for a prompt of the wrong kind, :class:`CapacityError` for one that is too long.
+        """
+        self._check_sequence(prompt, "prompt")
+        wanted = [prompt.shape[1]] * prompt.shape[0] if lengths is None else [int(n) for n in lengths]
+        if len(wanted) != prompt.shape[0] or not all(1 <= n <= prompt.shape[1] for n in wanted):
+            raise InputError(f"lengths: expected {prompt.shape[0]} of 1 … {prompt.shape[1]}, found {wanted}")
+        if len(set(wanted)) > 1:
+            self._check_independent("prompts of different lengths")
+        if isinstance(self.engine.program.batch, int) and prompt.shape[0] != self.engine.program.batch:
+            raise InputError(
+                f"prompt: this model was traced for a batch of {self.engine.program.batch}, "
+                f"found {prompt.shape[0]}"
+            )
+        self._renew_weights()
+        return self._prefill(prompt, wanted)
+
+    def _prefill(self, prompt: Tensor, lengths: list[int]) -> Any:
+        self._start(prompt.shape[0], max(lengths, default=0))
+        parts = []
+        lanes: list[tuple[Lane, list[int]]] = []
+        for length in sorted(set(lengths)):
+            rows = [i for i, n in enumerate(lengths) if n == length]
+            lane = Lane(self._derived(len(rows), length + 1), len(rows))
+            lanes.append((lane, rows))
+            sequence = prompt[rows, :length]
+            parts.append(self._advance(lane, sequence) if length else [])
+        self._keep(prompt, 0)
+        self._lanes = lanes
+        return self._assemble(parts) if min(lengths, default=0) else None
+
+    # -- new positions -------------------------------------------------------------------------------------
+
+    def step(self, token: Tensor) -> Any:
+        """Append one position, ids [B] or features [B, D]; return the outputs there."""
+        row = token.unsqueeze(1)
+        self._check_row(row)
+        self._check_running()
+        parts = []
+        for index, (lane, rows) in enumerate(self._lanes):
+            lane = self._writable(index, 1)
+            part = row if len(rows) == self._batch else row[rows]
+            parts.append(self._newest(lane.step(part, self.engine.step(lane))))
+            self._keep_row(row, lane, rows)
+        return self._assemble(parts)
+
+    def extend(self, tokens: Tensor) -> Any:
+        """Append m positions, ids [B, m] or features [B, m, D]; return the outputs at them, [B, m, …]."""
+        self._check_sequence(tokens, "tokens")
+        self._check_batch(tokens)
+        self._check_running()
+        parts = []
+        for index, (_, rows) in enumerate(self._lanes):
+            lane = self._writable(index, tokens.shape[1])
+            parts.append(self._extend_lane(index, lane, tokens[rows]))
+        self._keep_each(tokens)
+        return self._assemble(parts)
+
+    def _extend_lane(self, index: int, lane: Lane, tokens: Tensor) -> list[Any]:
+        many = tokens.shape[1]
+        total = lane.position + many
+        if many >= _LEAST_BY_FORWARD and many * _FORWARD_SHARE >= total and self.engine.runs_at(total):
+            rows = self._lanes[index][1]
+            sequence = torch.cat([self._sequence[rows, : lane.position], tokens], 1)
+            flat = self._fill(lane, sequence)
+            return self._span(flat, total - many, many)
+        run = self.engine.step(lane)
+        steps = [lane.step(tokens[:, i : i + 1], run) for i in range(many)]
+        return self._stacked(steps)
+
+    # -- moving about --------------------------------------------------------------------------------------
+
+    def rewind(self, position: int | Sequence[int] | Tensor) -> None:
+        """Go back to ``position`` positions (one for all rows, or one a row)."""
+        wanted = [position] * self._batch if isinstance(position, int) else [int(p) for p in position]
+        now = self.position.tolist()
+        if len(wanted) != self._batch or not all(0 <= w <= n for w, n in zip(wanted, now, strict=True)):
+            raise InputError(f"rewind: expected positions between 0 and {now}, found {wanted}")
+        self._check_running()
+        if len(set(wanted)) > 1:
+            self._check_independent("rows at different positions")
+        lanes: list[tuple[Lane, list[int]]] = []
+        for index, (_, rows) in enumerate(self._lanes):
+            targets = sorted({wanted[row] for row in rows})
+            for target in targets:
+                part = [row for row in rows if wanted[row] == target]
+                lane = self._writable(index, 0)
+                if len(targets) > 1:
+                    lane = lane.select(torch.tensor([rows.index(row) for row in part]))
+                if not lane.rewind(target):
+                    lane = Lane(lane.derived, lane.batch)
+                    self._advance(lane, self._sequence[part, :target])
+                lanes.append((lane, part))
+        self._lanes = lanes
+
+    def fork(self) -> Decoder:
+        """An independent copy that shares weights, filters and, until one of both is written, the state."""
+        self._check_running()
+        twin = object.__new__(Decoder)
+        twin.__dict__.update(self.__dict__)
+        twin._watch = self._watch.copy()
+        twin._lanes = [(lane, list(rows)) for lane, rows in self._lanes]
+        twin._sequence = self._sequence.clone()
+        for lane, _ in self._lanes:
+            lane.owners += 1
+        return twin
+
+    def reorder(self, index: Tensor | Sequence[int]) -> None:
+        """Make row i the sequence that was row ``index[i]`` (beam search); the batch may change size."""
+        chosen = [int(i) for i in index]
+        if not chosen or not all(0 <= i < self._batch for i in chosen):
+            raise InputError(f"reorder: expected row numbers 0 … {self._batch - 1}, found {chosen}")
+        self._check_independent("reorder")
+        self._check_running()
+        lanes = []
+        for lane, rows in self._lanes:
+            new_rows = [i for i, old in enumerate(chosen) if old in rows]
+            if new_rows:
+                picks = torch.tensor([rows.index(chosen[i]) for i in new_rows])
+                derived = self._derived(len(new_rows), lane.derived.capacity)
+                lanes.append((lane.select(picks, derived), new_rows))
+        self._sequence = self._sequence[chosen]
+        self._lanes, self._batch = lanes, len(chosen)
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _start(self, batch: int, length: int = 0) -> None:
+        self._batch = batch
+        derived = self._derived(batch, length + 1)
+        example = self.engine.program.example
+        self._sequence = example.new_zeros((batch, derived.capacity, *example.shape[2:]))
+        self._lanes = [(Lane(derived, batch), list(range(batch)))]
+
+    def _derived(self, batch: int, needed: int) -> Any:
+        return self.engine.derived(batch, self.engine.capacity_for(needed))
+
+    def _advance(self, lane: Lane, sequence: Tensor) -> list[Any]:
+        """Bring an empty lane to the end of a sequence; return the newest outputs."""
+        length = sequence.shape[1]
+        whole = next((n for n in range(length, 0, -1) if self.engine.runs_at(n)), 0)
+        newest: list[Any] = []
+        if whole:
+            newest = self._newest_of(self._fill(lane, sequence[:, :whole]), whole)
+        run = self.engine.step(lane) if whole < length else None
+        for t in range(whole, length):
+            newest = self._newest(lane.step(sequence[:, t : t + 1], run))
+        return newest
+
+    def _fill(self, lane: Lane, sequence: Tensor) -> list[Any]:
+        flat, taps = self.engine.forward(sequence, lane.derived)
+        with torch.no_grad():
+            lane.fill(sequence.shape[1], taps)
+        return flat
+
+    def _writable(self, index: int, more: int) -> Lane:
+        """Lane ``index``, our own and with room for ``more`` positions."""
+        lane, rows = self._lanes[index]
+        needed = lane.position + more
+        if needed > lane.derived.capacity:
+            lane = lane.moved(self.engine.derived(lane.batch, self.engine.capacity_for(needed, grow=True)))
+        elif lane.owners > 1:
+            lane.owners -= 1
+            lane = lane.moved(lane.derived)
+        self._lanes[index] = (lane, rows)
+        return lane
+
+    def _renew_weights(self) -> None:
+        if not self._watch.same_content():
+            self._watch.remember()
+            self.engine.renew(self._watch.current())
+
+    # outputs: flat lists in the order of the program's outputs
+
+    def _axis(self, node: Any) -> int | None:
+        axes = self.engine.plan.axes.get(node, ()) if isinstance(node, fx.Node) else ()
+        return axes[0] if axes else None
+
+    def _newest(self, flat: Sequence[Any]) -> list[Any]:
+        """A step's outputs without their sequence axis."""
+        nodes = self.engine.program.outputs
+        return [
+            value if (axis := self._axis(node)) is None else value.squeeze(axis)
+            for node, value in zip(nodes, flat, strict=True)
+        ]
+
+    def _newest_of(self, flat: Sequence[Any], length: int) -> list[Any]:
+        return [
+            _fresh(value if (axis := self._axis(node)) is None else value.select(axis, length - 1))
+            for node, value in zip(self.engine.program.outputs, flat, strict=True)
+        ]
+
+    def _span(self, flat: Sequence[Any], start: int, count: int) -> list[Any]:
+        return [
+            _fresh(value if (axis := self._axis(node)) is None else value.narrow(axis, start, count))
+            for node, value in zip(self.engine.program.outputs, flat, strict=True)
+        ]
+
+    def _stacked(self, steps: Sequence[Sequence[Any]]) -> list[Any]:
+        joined = []
+        for place, node in enumerate(self.engine.program.outputs):
+            axis = self._axis(node)
+            values = [step[place] for step in steps]
+            joined.append(values[-1] if axis is None else torch.cat(values, axis))
+        return joined
+
+    def _assemble(self, parts: Sequence[Sequence[Any]]) -> Any:
+        """The lanes' outputs as one batch, in the model's structure."""
+        if len(parts) == 1:
+            flat = list(parts[0])
+        else:
+            order = torch.tensor([row for _, rows in self._lanes for row in rows]).argsort()
+            flat = [
+                self._joined(node, [part[place] for part in parts], order)
+                for place, node in enumerate(self.engine.program.outputs)
+            ]
+        return pytree.tree_unflatten(flat, self.engine.program.out_spec)
+
+    def _joined(self, node: Any, values: list[Any], order: Tensor) -> Any:
+        if not isinstance(values[0], Tensor):
+            return values[0]
+        batch = self.engine.plan.batch_axes[node][0]
+        axis = self._axis(node)
+        if axis is not None and axis < batch and values[0].dim() < node.meta["val"].dim():
+            batch -= 1
+        return torch.cat(values, batch).index_select(batch, order.to(values[0].device))
+
+    # inputs
+
+    def _keep(self, sequence: Tensor, start: int) -> None:
+        self._sequence[:, start : start + sequence.shape[1]] = sequence
+
+    def _keep_row(self, row: Tensor, lane: Lane, rows: list[int]) -> None:
+        self._reserve(lane.position)
+        if len(rows) == self._batch:
+            self._sequence[:, lane.position - 1] = row[:, 0]
+        else:
+            self._sequence[rows, lane.position - 1] = row[rows, 0]
+
+    def _keep_each(self, tokens: Tensor) -> None:
+        for lane, rows in self._lanes:
+            self._reserve(lane.position)
+            start = lane.position - tokens.shape[1]
+            self._sequence[rows, start : lane.position] = tokens[rows]
+
+    def _reserve(self, length: int) -> None:
+        short = length - self._sequence.shape[1]
+        if short > 0:
+            extra = self._sequence.new_zeros((self._batch, max(short, length), *self._sequence.shape[2:]))
+            self._sequence = torch.cat([self._sequence, extra], 1)
+
+    def _check_running(self) -> None:
+        if any(lane.broken for lane, _ in self._lanes):
+            raise DecoderBroken("an earlier call was interrupted half way; call reset() or prefill()")
+        if not self._watch.unchanged():
+            raise WeightsChanged(
+                "a parameter or buffer changed since the sequence began; call reset(), prefill() or refresh()"
+            )
+
+    def _check_independent(self, what: str) -> None:
+        if not self.engine.rows_independent:
+            raise InputError(f"{what}: this model mixes the rows of a batch, so rows cannot be told apart")
+
+    def _check_batch(self, tokens: Tensor) -> None:
+        if tokens.shape[0] != self._batch:
+            raise InputError(f"tokens: expected a batch of {self._batch}, found {tokens.shape[0]}")
+
+    def _check_row(self, row: Tensor) -> None:
+        example = self.engine.program.example
+        expected = (self._batch, 1, *example.shape[2:])
+        if row.shape != expected:
+            raise InputError(
+                f"token: expected shape {[self._batch, *example.shape[2:]]}, "
+                f"found {[row.shape[0], *row.shape[2:]]}"
+            )
+        self._check_kind(row, "token")
+
+    def _check_sequence(self, value: Any, what: str) -> None:
+        example = self.engine.program.example
+        if not isinstance(value, Tensor) or value.dim() != example.dim():
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{what}: expected {_form(example)}, found {found}")
+        if value.shape[2:] != example.shape[2:]:
+            raise InputError(f"{what}: expected {_form(example)}, found {list(value.shape)}")
+        if value.shape[0] == 0 or value.shape[1] == 0:
+            raise InputError(f"{what}: is empty, {list(value.shape)}; give at least one position")
+        self._check_kind(value, what)
+
+    def _check_kind(self, value: Tensor, what: str) -> None:
+        example = self.engine.program.example
+        if value.dtype != example.dtype or value.device != example.device:
+            raise InputError(
+                f"{what}: expected {example.dtype} on {example.device}, found {value.dtype} on {value.device}"
+            )
+        if self._vocabulary is not None and value.device.type == "cpu":
+            low, high = (int(v) for v in torch.aminmax(value))
+            if low < 0 or high >= self._vocabulary:
+                raise InputError(
+                    f"{what}: ids must be 0 … {self._vocabulary - 1}, found {low if low < 0 else high}"
+                )
+
+
+def _form(example: Tensor) -> str:
+    return "ids [B, n]" if example.dim() == 2 else f"features [B, n, {example.shape[2]}]"
+
+
+def _fresh(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+__all__ = ["CapacityError", "Decoder", "build_engine", "decoder"]

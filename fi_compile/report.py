@@ -1,0 +1,108 @@
+"""What was found in a model and how it runs, as values a person can print and a program can read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from .errors import Refusal
+from .program import Program
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class MixerReport:
+    """One value of the model that looks back along the sequence, and its increment.
+
+    ``name``: module path. ``kind``: ``long_conv``, ``short_conv``, ``scan``, ``attention``, ``region``… ``source``:
+    the user's ``file:line``. ``channels``: output channels. ``filter_length``: lags of the filter, None where there is
+    none. ``depends_on``: parameters the filter is computed from. ``proof``: the verdict. ``lowering``: ``tiles``,
+    ``window``, ``running_sum``, ``history``… ``cost``: work per token, as a formula in L and C.
+    """
+
+    name: str
+    kind: str
+    source: str | None
+    channels: int | None
+    filter_length: int | None
+    depends_on: tuple[str, ...]
+    proof: str
+    lowering: str
+    cost: str
+
+    def __str__(self) -> str:
+        size = [f"{self.channels} channels"] if self.channels else []
+        if self.filter_length:
+            size.append(f"{self.filter_length} lags")
+        lines = [f"{self.name}: {self.kind} → {self.lowering} ({', '.join(size) or 'whole value'})"]
+        if self.source:
+            lines.append(f"  source:     {self.source}")
+        if self.depends_on:
+            lines.append(f"  depends on: {', '.join(self.depends_on)}")
+        lines.append(f"  proof:      {self.proof}")
+        lines.append(f"  cost:       {self.cost}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A program after one pass: readable ``text`` and, where it still reads whole sequences, the ``program``.
+
+    ``run(sequence)`` computes the model's outputs with it.
+    """
+
+    name: str
+    milliseconds: float
+    rewrites: int
+    text: str = field(repr=False)
+    program: Program | None = field(default=None, repr=False)
+    graph: fx.Graph | None = field(default=None, repr=False)
+
+    def run(self, sequence: Tensor) -> Any:
+        """The model's outputs on a whole sequence, computed by this snapshot."""
+        if self.program is None:
+            raise TypeError(f"the {self.name} snapshot is a step graph: it runs inside a decoder")
+        return self.program.run(sequence)
+
+    def __str__(self) -> str:
+        return f"# {self.name}: {self.rewrites} rewrites, {self.milliseconds:.1f} ms\n{self.text}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything known about one compilation; ``print(report)`` shows it."""
+
+    verdict: str  # proved, numerically bounded or refused
+    mixers: tuple[MixerReport, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    snapshots: tuple[Snapshot, ...] = ()
+    schedule: Schedule | None = None
+    certificate: tuple[Any, ...] = field(default=(), repr=False)
+    state_bytes: int = 0
+    capacity: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"flashinf: {self.verdict}"]
+        if self.refusals:
+            parts.append("refusals\n" + _indent("\n".join(str(r) for r in self.refusals)))
+        if self.mixers:
+            parts.append("mixers\n" + _indent("\n".join(str(m) for m in self.mixers)))
+        if self.schedule is not None:
+            parts.append(
+                "schedule\n"
+                + _indent(f"{self.schedule}\ncost: {self.schedule.cost()} (L positions, C channels)")
+            )
+        if self.capacity:
+            parts.append(f"state: {self.state_bytes:,} bytes a sequence at {self.capacity:,} positions")
+        if self.snapshots:
+            lines = [f"{s.name}: {s.rewrites} rewrites, {s.milliseconds:.1f} ms" for s in self.snapshots]
+            parts.append("passes\n" + _indent("\n".join(lines)))
+        parts.extend(f"note: {note}" for note in self.notes)
+        return "\n\n".join(parts)
+
+
+def _indent(text: str) -> str:
+    return "\n".join("  " + line for line in text.splitlines())

@@ -1,0 +1,97 @@
+"""Watch the live weights: identity and version on every call, a checksum when a sequence starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .program import Kind, Program
+
+
+@dataclass(frozen=True)
+class _Watched:
+    owner: Mapping[str, Any]  # a module's own table of parameters, buffers or attributes
+    key: str
+    name: str  # of the program's input
+    kind: Kind
+
+
+class WeightWatch:
+    """Strong references to every tensor a program read from its model, with their versions.
+
+    ``unchanged()`` is cheap enough for every step. Writes that bump no version (``.data``, NumPy, fused optimisers)
+    are seen only by ``checksum``.
+    """
+
+    def __init__(self, program: Program, model: nn.Module | None) -> None:
+        self.program = program
+        self.watched = [] if model is None else list(_find(program, model))
+        self.remember()
+
+    def remember(self) -> None:
+        """Take the present tensors and versions as the known ones."""
+        self._known = [(w.owner, w.key, t := w.owner[w.key], _version(t)) for w in self.watched]
+        self._sum = checksum(tensor for _, _, tensor, _ in self._known)
+
+    def unchanged(self) -> bool:
+        """Whether every watched tensor is the same object at the same version."""
+        for owner, key, tensor, version in self._known:
+            if owner.get(key) is not tensor or (version is not None and tensor._version != version):
+                return False
+        return True
+
+    def same_content(self) -> bool:
+        """Whether identity, versions and contents are the known ones."""
+        return self.unchanged() and checksum(t for _, _, t, _ in self._known) == self._sum
+
+    def copy(self) -> WeightWatch:
+        """An independent watch that knows what this one knows."""
+        twin = object.__new__(WeightWatch)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def current(self) -> dict[str, Tensor]:
+        """The model's present tensors by program input."""
+        return {w.name: w.owner[w.key] for w in self.watched}
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _find(program: Program, model: nn.Module) -> Iterable[_Watched]:
+    for spec in program.inputs:
+        if spec.path is None or spec.kind is Kind.SEQUENCE:
+            continue
+        path, _, key = spec.path.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
+        for owner in (module._parameters, module._buffers, vars(module)):
+            if isinstance(owner.get(key), Tensor):
+                yield _Watched(owner, key, spec.name, spec.kind)
+                break
+
+
+def checksum(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """A fingerprint of the contents: per tensor, position-weighted sums of the bits."""
+    sums = []
+    for tensor in tensors:
+        data = tensor.detach()
+        if data.is_complex():
+            data = torch.view_as_real(data)
+        bits = data.contiguous().flatten().view(torch.uint8)
+        whole = bits[: bits.numel() // 8 * 8].view(torch.int64)
+        weights = torch.arange(1, 64, dtype=torch.int64, device=whole.device)
+        folded = whole[: whole.numel() // 63 * 63].view(-1, 63)
+        rest = bits[folded.numel() * 8 :].to(torch.int64)
+        rows = (folded * weights).sum(1)
+        mixed = (rows * torch.arange(1, 2 * rows.numel(), 2, device=rows.device)).sum()
+        tail = (rest * torch.arange(1, rest.numel() + 1, device=rest.device)).sum()
+        sums.append(int(mixed * 31 + tail))
+    return tuple(sums)

@@ -1,0 +1,468 @@
+"""prove_prefix: the static certificate that a program's values agree between all lengths up to a capacity."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fi_compile.errors import Refusal
+from fi_compile.facts import (
+    Deny,
+    Fact,
+    Quantity,
+    Triangle,
+    constant,
+    fixed,
+    same,
+    sequence,
+    tidy,
+)
+from fi_compile.program import Kind, Program, as_expr, data_arguments, is_integer, is_tensor, operator_name, source_of
+from fi_compile.rules import RULES, Call
+from fi_compile.symbolic import evaluate_at
+
+# Conditions are evaluated at two batch sizes, so that no size coincides with the length by chance.
+_BATCHES = (3, 1_000_003)
+# Tables of at most this many elements are decided by their values at the capacity.
+_LARGEST_TABLE = 1 << 25
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the certificate: which rule certified which node, under which condition."""
+
+    rule: str
+    node: str
+    condition: str
+
+
+@dataclass
+class Proof:
+    """What is certified of every node of a program, for every admitted length up to ``capacity``."""
+
+    program: Program
+    capacity: int
+    facts: dict[fx.Node, Fact] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    values_read: frozenset[str] = frozenset()
+    rows_independent: bool = False
+    _length: Quantity = 0
+    _calls: dict[fx.Node, Call] = field(default_factory=dict)
+    _denied: dict[fx.Node, Deny] = field(default_factory=dict)
+
+    def proved(self, node: fx.Node) -> bool:
+        """``V_s(x)`` narrowed to r on its sequence axes is ``V_r(x[:r])``, for all admitted r ≤ s."""
+        fact = self.facts.get(node)
+        return fact is not None and fact.proved(self._length)
+
+    def newest(self, node: fx.Node) -> bool:
+        """The value is a function of row s-1 of proved values (and of constants)."""
+        fact = self.facts.get(node)
+        return fact is not None and fact.newest
+
+    def row_local(self, node: fx.Node) -> bool:
+        """The operator's own rule: each row of the result needs only the same row of each argument."""
+        call = self._calls.get(node)
+        fact = self.facts.get(node)
+        if call is None or fact is None or not call.row_local:
+            return False
+        return all(
+            axis.plain for n in (node, *call.tensors()) if n in self.facts for axis in self.facts[n].axes
+        )
+
+    def linear_in(self, node: fx.Node, inputs: Collection[fx.Node]) -> bool:
+        """The operator is jointly linear in exactly these arguments, the others held fixed."""
+        call = self._calls.get(node)
+        return call is not None and frozenset(inputs) in call.linear
+
+    def affine_in(self, node: fx.Node, inputs: Collection[fx.Node]) -> bool:
+        """The operator is jointly linear in these arguments up to a term that does not contain them."""
+        call = self._calls.get(node)
+        if call is None or not inputs:
+            return False
+        return any(frozenset(inputs) <= group for group in [*call.linear, *call.affine_groups])
+
+    def shift_invariant(self, node: fx.Node, inputs: Collection[fx.Node] | None = None) -> bool:
+        """The data path from ``inputs`` to ``node`` is linear and commutes with shifts, up to a fixed term.
+
+        Without ``inputs`` the path is followed back to the nearest proved values. Together with
+        ``proved(node)``: the node is a causal convolution of them with input-independent filters.
+        """
+        data = self.program.input_dependent
+        todo, seen = [node], {node}
+        while todo:
+            current = todo.pop()
+            call = self._calls.get(current)
+            sources = {a for a in data_arguments(current) if a in data}
+            if not sources:
+                return False
+            if call is not None and not any(sources <= group for group in call.invariant):
+                return False
+            if call is None and current.op == "placeholder":
+                return False
+            for source in sources - seen:
+                stop = self.proved(source) if inputs is None else source in inputs
+                if not stop:
+                    todo.append(source)
+                seen.add(source)
+        return True
+
+    def why(self, node: fx.Node) -> str | None:
+        """Why a node has no certificate: the refusal of its own rule, or ``None``."""
+        denied = self._denied.get(node)
+        return None if denied is None else denied.reason
+
+
+def prove_prefix(program: Program, capacity: int) -> Proof:
+    """Walk ``program`` once and certify what each node's rule allows.
+
+    Requires a functional program. Ensures ``proof.proved(node)`` holds only if the node's values at any
+    two admitted lengths up to ``capacity`` agree on the shorter one's rows, for every input. Never raises
+    for an unprovable program: ``proof.refusals`` says what stood in the way of its outputs.
+    """
+    walker = _Walker(program, capacity)
+    for node in program.graph.nodes:
+        walker.visit(node)
+    return walker.finish()
+
+
+class _Walker:
+    """The context rules run in: facts so far, and sizes evaluated at every length."""
+
+    def __init__(self, program: Program, capacity: int) -> None:
+        self.program = program
+        lengths = program.lengths.upto(capacity)
+        batches = _BATCHES if not isinstance(program.batch, int) else (program.batch,)
+        self.lengths = np.broadcast_to(lengths, (len(batches), len(lengths))) + np.zeros((1, 1), dtype=np.int64)
+        self.batches = np.array(batches, dtype=np.int64)[:, None] + np.zeros((1, len(lengths)), dtype=np.int64)
+        self.length: Quantity = self.lengths if len(lengths) else 0
+        self.empty = not len(lengths)
+        self.sizes: dict[Any, Any] = {}
+        self.results: dict[fx.Node, Fact | list[Fact]] = {}
+        self.tables: dict[fx.Node, Tensor | None] = {}
+        self.read_values: set[str] = set()
+        self.data = program.input_dependent
+        self.proof = Proof(program, capacity, _length=self.length)
+
+    # -- what rules ask for
+
+    def evaluate(self, expr: Any) -> Any:
+        """A size expression at every admitted length, for each batch size."""
+        if isinstance(expr, (bool, int, float)):
+            return expr
+        key = str(expr)
+        if key not in self.sizes:
+            at = {self.program.length: self.lengths, self.program.batch: self.batches}
+            try:
+                value = evaluate_at(expr, at, self.lengths.shape)
+            except (KeyError, TypeError) as error:
+                raise Deny("data_dependent", f"a size depends on data: {error}") from error
+            if value.dtype == np.bool_:
+                raise Deny("length_as_value", f"a truth value computed from the length: {expr}")
+            self.sizes[key] = tidy(value) if np.issubdtype(value.dtype, np.integer) else _number(value)
+        return self.sizes[key]
+
+    def fact(self, node: fx.Node) -> Fact | list[Fact]:
+        """The fact of an argument; a missing one is not this node's fault."""
+        if node not in self.results:
+            raise _Missing
+        return self.results[node]
+
+    def is_data(self, node: fx.Node) -> bool:
+        """Whether a node's data comes from the sequence."""
+        return node in self.data
+
+    def table(self, node: fx.Node) -> Tensor | None:
+        """An input-independent node's value at the longest length, or ``None`` where it is too large."""
+        if node not in self.tables:
+            self.tables[node] = self._table(node)
+        return self.tables[node]
+
+    def _table(self, node: fx.Node) -> Tensor | None:
+        if node in self.data or self.empty:
+            return None
+        length = int(self.lengths[0, -1])
+        cone = [node]
+        for n in cone:
+            cone.extend(a for a in n.all_input_nodes if a not in cone)
+        at = {self.program.length: np.array([[length]]), self.program.batch: np.array([[3]])}
+        for n in cone:
+            if is_tensor(n):
+                elements = 1
+                for d in n.meta["val"].shape:
+                    elements *= int(evaluate_at(as_expr(d), at, (1, 1))[0, 0])
+                if elements > _LARGEST_TABLE and n.op != "placeholder":
+                    return None
+        example = self.program.example
+        batch = self.program.batch if isinstance(self.program.batch, int) else 3
+        dummy = torch.zeros((batch, length, *example.shape[2:]), dtype=example.dtype, device=example.device)
+        self.read_values |= {n.name for n in cone if n.op == "placeholder" and n is not self.program.sequence}
+        with torch.no_grad():
+            return self.program.evaluate(dummy, keep=[node])[node]
+
+    # -- the walk
+
+    def visit(self, node: fx.Node) -> None:
+        """Certify one node, or record why not."""
+        if node.op == "output" or is_integer(node) or self.empty:
+            return
+        value = node.meta.get("val")
+        if not isinstance(value, (Tensor, list, tuple)):
+            return
+        call: Call | None = None
+        try:
+            if node.op == "placeholder":
+                result: Fact | list[Fact] = self._placeholder(node)
+            elif _picks(node):
+                picked = self.fact(node.args[0])  # type: ignore[arg-type]
+                assert isinstance(picked, list)
+                result = picked[node.args[1]]  # type: ignore[index]
+                source = self.proof._calls.get(node.args[0])  # type: ignore[arg-type]
+                call = Call(node, self)
+                if source is not None:
+                    call.row_local = source.row_local
+                    whole = frozenset([node.args[0]])
+                    call.linear, call.invariant = [whole], [whole]  # type: ignore[list-item]
+            else:
+                call = Call(node, self)
+                result = self._apply(call)
+            result = self._checked(node, result)
+        except _Missing:
+            return
+        except Deny as denied:
+            self.proof._denied[node] = denied
+            return
+        self.results[node] = result
+        if call is not None:
+            self.proof._calls[node] = call
+        if isinstance(result, Fact):
+            self.proof.facts[node] = result
+        if call is not None and node.op == "call_function" and not _picks(node):
+            self._record(node, call, result)
+
+    def _placeholder(self, node: fx.Node) -> Fact:
+        shape = [tidy(self.evaluate(as_expr(d))) for d in node.meta["val"].shape]
+        if node is self.program.sequence:
+            axes = [fixed(shape[0], batch=True), sequence(shape[1]), *(fixed(d) for d in shape[2:])]
+        else:
+            axes = [fixed(d) if constant(d) else sequence(d) for d in shape]
+        if any(not constant(d) for i, d in enumerate(shape) if node is not self.program.sequence or i != 1):
+            raise Deny("length_as_value", "an input whose size follows the length")
+        value = None if node is self.program.sequence else self.program.values.get(node.name)
+        kinds = {spec.name: spec.kind for spec in self.program.inputs}
+        fill = None
+        if value is not None and value.numel() == 1 and kinds[node.name] is Kind.CONSTANT and not value.is_complex():
+            fill = value.item()
+            self.read_values.add(node.name)
+        return Fact(tuple((a,) for a in axes), fill=fill)
+
+    def _apply(self, call: Call) -> Fact | list[Fact]:
+        node = call.node
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded in tags and operator_name(node.target) not in RULES:
+            raise Deny("random", f"{call.name} draws random numbers", "call model.eval()")
+        facts = []
+        for argument in data_arguments(node):
+            fact = self.fact(argument)
+            facts.extend(fact if isinstance(fact, list) else [fact])
+        still = all(f.fixed or (f.newest and not f.scaled and not f.junk) for f in facts)
+        newest = any(f.newest for f in facts)
+        if newest and not still:
+            raise Deny("unproved", "combines the newest row with whole sequences")
+        rule = RULES.get(call.name)
+        try:
+            if rule is None:
+                raise Deny(
+                    "unknown_operator",
+                    f"no rule for the operator {node.target}",
+                    "spell it with operators that have one, or register a mixer",
+                )
+            if not rule.scales and any(f.scaled for f in facts):
+                raise Deny(
+                    "length_as_value",
+                    f"{call.name} of a value that carries a factor of the length (such as 1/n) not cancelled",
+                    "values may not follow the sequence length: cancel the factor or use a constant",
+                )
+            if not rule.junk and any(f.junk for f in facts):
+                raise Deny("unproved", f"{call.name} uses entries that are certified only below a diagonal")
+            result = rule.apply(call)
+            self._all_read(call)
+        except Deny as denied:
+            if not still or not self._still(call, rule is None):
+                raise denied from None
+            call.linear, call.invariant, call.affine_groups = [], [], []
+            result = self._unchanging(node)
+        if newest:
+            many = result if isinstance(result, list) else [result]
+            if not all(f.fixed for f in many):
+                raise Deny("unproved", "repeats the newest row along the sequence")
+            many = [replace(f, newest=True) for f in many]
+            result = many if isinstance(result, list) else many[0]
+        return result
+
+    def _all_read(self, call: Call) -> None:
+        for n in call.node.all_input_nodes:
+            if is_integer(n) and n not in call.read and not constant(self.evaluate(as_expr(n))):
+                raise Deny(
+                    "length_as_value",
+                    f"{call.name} reads the sequence length as a value",
+                    "values may not follow the sequence length",
+                )
+
+    def _still(self, call: Call, unknown: bool) -> bool:
+        """Any deterministic operator of values constant in s, with no length among its arguments."""
+        if not isinstance(call.node.target, torch._ops.OpOverload):
+            return False
+        if torch.Tag.nondeterministic_seeded in call.node.target.tags:
+            return False
+        if call.node.target.namespace != "aten" and unknown and call.node in self.data:
+            return False
+        return all(constant(self.evaluate(as_expr(n))) for n in call.node.all_input_nodes if is_integer(n))
+
+    def _unchanging(self, node: fx.Node) -> Fact | list[Fact]:
+        value = node.meta["val"]
+
+        def one(tensor: Tensor) -> Fact:
+            return Fact(tuple((fixed(tidy(self.evaluate(as_expr(d)))),) for d in tensor.shape))
+
+        return [one(v) for v in value] if isinstance(value, (list, tuple)) else one(value)
+
+    def _checked(self, node: fx.Node, result: Fact | list[Fact]) -> Fact | list[Fact]:
+        """The result, if its axes have the traced sizes; with the batch fact, and values where they decide."""
+        value = node.meta["val"]
+        if isinstance(result, list):
+            return [self._sized(node, v, f) for v, f in zip(value, result, strict=True) if isinstance(v, Tensor)]
+        return self._with_values(node, self._sized(node, value, result))
+
+    def _sized(self, node: fx.Node, value: Tensor, fact: Fact) -> Fact:
+        if len(fact.dims) != value.dim():
+            raise Deny("internal", f"the rule for {node.name} gives {len(fact.dims)} dimensions, not {value.dim()}")
+        for dim, size in zip(fact.dims, value.shape, strict=True):
+            product: Quantity = 1
+            for axis in dim:
+                product = tidy(np.multiply(product, axis.size))
+            if not same(product, tidy(self.evaluate(as_expr(size)))):
+                raise Deny("internal", f"the rule for {node.name} gives another size than the trace")
+        if node not in self.data:
+            return replace(fact, rows=True)
+        sources = [self.results[a] for a in data_arguments(node) if a in self.data and a in self.results]
+        flat = [f for s in sources for f in (s if isinstance(s, list) else [s])]
+        single = sum(a.batch for a in fact.axes) == 1
+        return replace(fact, rows=single and all(f.rows for f in flat))
+
+    def _with_values(self, node: fx.Node, fact: Fact) -> Fact:
+        """Input-independent tables that meet data are decided by value, at the longest length."""
+        if node in self.data or not any(u in self.data for u in node.users) or fact.fill is not None:
+            return fact
+        moving = [d for d, dim in enumerate(fact.dims) if not all(a.fixed for a in dim)]
+        if len(moving) < 2 or not fact.proved(self.length):
+            return fact
+        known = {(t.query, t.key) for t in fact.triangles}
+        table = None if len(known) else self.table(node)
+        if table is None or table.is_complex():
+            return fact
+        found = []
+        for q in moving:
+            for k in moving:
+                if q != k:
+                    found.extend(_decided(table, q, k))
+        if found:
+            self.proof.steps.append(Step("by value", node.name, "decided at the longest length"))
+        return replace(fact, triangles=(*fact.triangles, *found))
+
+    def _record(self, node: fx.Node, call: Call, result: Fact | list[Fact]) -> None:
+        facts = result if isinstance(result, list) else [result]
+        if all(f.fixed for f in facts) and not call.conditions:
+            return
+        condition = "; ".join(call.conditions) or "; ".join(dict.fromkeys(_describe(f) for f in facts))
+        self.proof.steps.append(Step(call.name, node.name, condition))
+
+    # -- the outcome
+
+    def finish(self) -> Proof:
+        """The proof, with the first causes of what is missing."""
+        proof = self.proof
+        proof.values_read = frozenset(self.read_values)
+        outputs = [o for o in self.program.outputs if is_tensor(o)]
+        if self.empty:
+            proof.refusals.append(Refusal("lengths", f"the program admits no length up to {proof.capacity}"))
+        missing = [o for o in outputs if not proof.proved(o) and not proof.newest(o)]
+        causes: dict[fx.Node, Deny] = {}
+        for output in missing if not self.empty else []:
+            causes.update(self._causes(output))
+        order = {n: i for i, n in enumerate(self.program.graph.nodes)}
+        for node in sorted(causes, key=order.__getitem__):
+            denied = causes[node]
+            proof.refusals.append(
+                Refusal(denied.kind, denied.reason, (node.name,), source_of(node), denied.hint)
+            )
+        proof.rows_independent = bool(outputs) and all(
+            o not in self.data or (o in proof.facts and proof.facts[o].rows) for o in outputs
+        )
+        return proof
+
+    def _causes(self, output: fx.Node) -> Iterator[tuple[fx.Node, Deny]]:
+        todo, seen = [output], {output}
+        while todo:
+            node = todo.pop()
+            if node in self.proof._denied:
+                yield node, self.proof._denied[node]
+            elif node in self.results:
+                if node is output:
+                    fact = self.results[node]
+                    assert isinstance(fact, Fact)
+                    yield node, Deny("unproved", f"the output is not certified: {_describe(fact, True)}")
+            else:
+                for argument in node.all_input_nodes:
+                    if argument not in seen and not is_integer(argument):
+                        seen.add(argument)
+                        todo.append(argument)
+
+
+class _Missing(Exception):
+    """An argument has no fact: the cause lies before this node."""
+
+
+def _number(value: np.ndarray) -> Any:
+    """A real quantity: a float where it does not follow the length."""
+    first = value.flat[0]
+    return float(first) if bool((value == first).all()) else value
+
+
+def _picks(node: fx.Node) -> bool:
+    return node.op == "call_function" and operator_name(node.target) == "getitem"
+
+
+def _describe(fact: Fact, missing: bool = False) -> str:
+    words = [str(a) for a in fact.axes if not a.fixed]
+    if missing:
+        words = [w for w in words if w != "certified"]
+        if fact.scaled:
+            words.append("a factor that follows the length is left")
+        if fact.junk:
+            words.append("entries above a diagonal are not certified")
+        if any(len(dim) > 1 for dim in fact.dims):
+            words.append("positions are merged with another dimension")
+    if fact.newest:
+        words.append("the newest row")
+    return ", ".join(dict.fromkeys(words)) or "a size follows the length in another way than the sequence does"
+
+
+def _decided(table: Tensor, query: int, key: int) -> Iterator[Triangle]:
+    """The one value above the diagonal of two dimensions of a table, if there is one."""
+    moved = table.movedim((query, key), (-2, -1))
+    above = moved[..., torch.ones(moved.shape[-2:], dtype=torch.bool, device=table.device).triu(1)]
+    if above.numel() == 0:
+        return
+    first = above.reshape(-1)[0]
+    if bool((above == first).all()):
+        diagonal = moved.diagonal(dim1=-2, dim2=-1)
+        start = diagonal.reshape(-1)[0]
+        level = start.item() if bool((diagonal == start).all()) else float(diagonal.min())
+        yield Triangle(query, key, first.item(), level)
