@@ -11,6 +11,7 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
 
 from .errors import Refusal, Unsupported
 from .program import Input, Kind, Lengths, Program
 from .symbolic import evaluate_at
+from .twin import random_sequence
 
 _KINDS = {
     InputKind.PARAMETER: Kind.PARAMETER,
@@ -38,22 +41,104 @@ _MOST_HOLES = 64
 def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None) -> Program:
     """Export ``model`` on a sequence like ``example`` ([B, s] ids or [B, s, D] features).
 
-    ``length`` is the capacity wanted: the trace is made near it, because Python control flow is recorded
-    for the length it met. Raises :class:`Unsupported` when the model cannot be traced.
+    ``length`` is the capacity wanted: the trace is made near it where that agrees with the model at every other
+    length, because Python control flow is recorded for the length it met. Raises :class:`Unsupported` when the
+    model cannot be traced.
     """
     failures: list[Exception] = []
+    second_best: Program | None = None
     for trace_length in _trace_lengths(model, example, length):
-        for batch in (3, example.shape[0]):
-            try:
-                exported = _export(model, _resized(example, batch, trace_length), batch > 1)
-                return _read(exported, model, example)
-            except Unsupported:
-                raise
-            except Exception as error:
-                failures.append(error)
-            if batch == example.shape[0]:
-                break
-    raise Unsupported(_trace_refusal(failures[0])) from failures[0]
+        try:
+            program = _trace_at(model, example, trace_length)
+        except Exception as error:
+            failures.append(error)
+            continue
+        odd = disagreements(program, model)
+        if not odd:
+            return program
+        if second_best is None and program.lengths.admits(example.shape[1]):
+            second_best = replace(program, lengths=replace(program.lengths, fewest=max(odd) + 1))
+    if second_best is not None:
+        return second_best
+    refusals = [error for error in failures if isinstance(error, Unsupported)]
+    if refusals and len(refusals) == len(failures):
+        raise refusals[-1]
+    if failures:
+        error = next(e for e in failures if not isinstance(e, Unsupported))
+        raise Unsupported(_trace_refusal(error)) from error
+    raise Unsupported(
+        Refusal(
+            "length_dependent",
+            "the model computes different functions at different lengths, none of which covers the example",
+            hint="avoid branches on the sequence length",
+        )
+    )
+
+
+def _trace_at(model: nn.Module, example: Tensor, length: int) -> Program:
+    """Export at one length, with a symbolic batch where the model allows it."""
+    own = example.shape[0]
+    try:
+        exported = _export(model, _resized(example, max(own, 3), length), dynamic_batch=True)
+        return _read(exported, model, example)
+    except Exception:
+        if own > 1 and own >= 3:
+            raise
+    exported = _export(model, _resized(example, own, length), dynamic_batch=False)
+    return _read(exported, model, example)
+
+
+def disagreements(program: Program, model: nn.Module) -> list[int]:
+    """Lengths the graph is not meant for (below its range, and its holes) where it differs from the model.
+
+    There the graph is never run by itself: positions are reached through a longer run, cut by prefix-consistency.
+    Lengths below 64 and holes are all compared, longer ones at a sample.
+    """
+    low = program.lengths.minimum
+    below = [n for n in range(1, low) if n < 64 or n >= low - 2 or n & (n - 1) == 0 or n % 61 == 0]
+    tested = sorted({*below, *program.lengths.holes})
+    if not tested:
+        return []
+    longer = max(low, tested[-1] + 1)
+    while not program.lengths.admits(longer) and longer < tested[-1] + _MOST_HOLES:
+        longer += 1
+    if not program.lengths.admits(longer):
+        tested = [n for n in tested if n < low]
+        longer = low
+    sequence = random_sequence(program, max(program.example.shape[0], 2), longer, seed=3, double=False)
+    if isinstance(program.batch, int):
+        sequence = sequence[: program.batch]
+    with torch.no_grad():
+        whole = pytree.tree_leaves(program.run(sequence))
+        return [n for n in tested if not _equal_prefix(model, sequence[:, :n], whole, n, longer)]
+
+
+def _equal_prefix(model: nn.Module, sequence: Tensor, whole: list[Any], n: int, longer: int) -> bool:
+    try:
+        found = pytree.tree_leaves(model(sequence))
+    except Exception:
+        return True  # the model itself does not run there: there is nothing to differ from
+    if len(found) != len(whole):
+        return False
+    for short, long in zip(found, whole, strict=True):
+        if not isinstance(short, Tensor) or not isinstance(long, Tensor):
+            continue
+        axes = [d for d in range(long.dim()) if long.shape[d] == longer]
+        for axis in axes[:1] if long.dim() == short.dim() else ():
+            long = long.narrow(axis, 0, n)
+        if not axes:
+            continue  # an output without a sequence axis: the newest row, at another length another row
+        if short.shape != long.shape or not _roughly_equal(short, long):
+            return False
+    return True
+
+
+def _roughly_equal(short: Tensor, long: Tensor) -> bool:
+    if not short.is_floating_point():
+        return bool(torch.equal(short, long))
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(short.dtype, 0.1)
+    scale = float(long.abs().max()) if long.numel() else 0.0
+    return bool(((short - long).abs() <= tolerance * max(scale, 1e-30)).all())
 
 
 def _trace_lengths(model: nn.Module, example: Tensor, length: int | None) -> list[int]:
@@ -190,9 +275,8 @@ def admitted_lengths(
     """
     every = np.arange(2, _HORIZON + 1, dtype=np.int64)
     ok = np.ones(every.shape, dtype=bool)
-    top = ranges.upper
-    if getattr(top, "is_finite", False) and int(top) < _HORIZON:
-        ok &= every <= int(top)
+    if ranges.upper < _HORIZON:
+        ok &= every <= int(ranges.upper)
     layout = np.ones(every.shape, dtype=bool)  # inequalities exclude single lengths: holes
     for guard in guards:
         if length in guard.free_symbols:

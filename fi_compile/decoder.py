@@ -161,6 +161,11 @@ class Decoder:
                 f"prompt: this model was traced for a batch of {self.engine.program.batch}, "
                 f"found {prompt.shape[0]}"
             )
+        fewest = self.engine.program.lengths.fewest
+        if min(wanted) < fewest:
+            raise InputError(
+                f"prompt: below {fewest} positions this model computes another function; give at least {fewest}"
+            )
         self._renew_weights()
         return self._prefill(prompt, wanted)
 

@@ -83,8 +83,9 @@ class Engine:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of state: float64 for a float64 model, else float32."""
-        floats = {v.dtype for v in self.program.values.values() if v.is_floating_point()}
-        return state_dtype(torch.float64 if torch.float64 in floats else torch.float32)
+        dtypes = {v.dtype for v in (*self.program.values.values(), self.program.example)}
+        double = not dtypes.isdisjoint({torch.float64, torch.complex128})
+        return state_dtype(torch.float64 if double else torch.float32)
 
     @property
     def reads_ids(self) -> bool:

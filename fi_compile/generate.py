@@ -110,7 +110,7 @@ def sample(
 
 @torch.no_grad()
 def generate(
-    model_or_decoder: torch.nn.Module | SupportsDecoding | Callable[..., Any],
+    model_or_decoder: torch.nn.Module | SupportsDecoding,
     prompt: Tensor,
     max_new_tokens: int,
     *,
@@ -146,6 +146,7 @@ def generate(
         Prompt and continuation [B, P + n], int64, n <= max_new_tokens.
 
     Raises:
+        TypeError: neither a module nor a decoder was given.
         ValueError: an argument out of its range, a decoder with too little capacity, or a decoder
             whose output is not [B, V] logits.
         Unsupported: a model was given and no decoder can be derived from it.
@@ -190,12 +191,15 @@ def generate(
 
 
 def _as_decoder(
-    model_or_decoder: torch.nn.Module | SupportsDecoding | Callable[..., Any],
+    model_or_decoder: torch.nn.Module | SupportsDecoding,
     prompt: Tensor,
     positions: int,
 ) -> SupportsDecoding:
     """The decoder itself, or one derived from the model for `positions` positions."""
     if not isinstance(model_or_decoder, SupportsDecoding):
+        if not isinstance(model_or_decoder, torch.nn.Module):
+            kind = type(model_or_decoder).__name__
+            raise TypeError(f"expected an nn.Module, or a decoder with prefill and step, got {kind}")
         from fi_compile.decoder import decoder
 
         return decoder(model_or_decoder, prompt, max_length=positions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -51,11 +52,9 @@ class Lane:
 
     def _history(self, node: fx.Node) -> Tensor:
         program = self.derived.step.program
-        symbols = {program.length: self.derived.capacity, program.batch: self.batch}
-        shape = [
-            symbols[e] if (e := as_expr(size)) in symbols and not isinstance(e, int) else int(size)
-            for size in node.meta["val"].shape
-        ]
+        at = np.asarray([self.derived.capacity])
+        sizes = [as_expr(size) for size in node.meta["val"].shape]
+        shape = [int(program.size_values(size, at, self.batch)[0]) for size in sizes]
         dtype = node.meta["val"].dtype
         if self.derived.double:
             dtype = widen(dtype)

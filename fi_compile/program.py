@@ -46,12 +46,13 @@ class Lengths:
     ``guards`` are sympy relations in ``length`` and ``batch`` recorded while tracing. ``minimum`` is the
     shortest length the graph itself may run at (shorter ones are reached by prefix-consistency),
     ``maximum`` the longest any guard admits (``None``: unbounded), ``holes`` single lengths inside that
-    range a guard excludes.
+    range a guard excludes. Below ``fewest`` positions the model computes another function than the graph.
     """
 
     minimum: int = 1
     maximum: int | None = None
     holes: frozenset[int] = frozenset()
+    fewest: int = 1
 
     def upto(self, capacity: int) -> np.ndarray:
         """All admitted lengths 1…capacity, ascending, as int64."""

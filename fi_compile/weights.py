@@ -91,7 +91,7 @@ def checksum(tensors: Iterable[Tensor]) -> tuple[int, ...]:
         folded = whole[: whole.numel() // 63 * 63].view(-1, 63)
         rest = bits[folded.numel() * 8 :].to(torch.int64)
         rows = (folded * weights).sum(1)
-        mixed = (rows * torch.arange(1, 2 * rows.numel(), 2, device=rows.device)).sum()
+        mixed = (rows * (2 * torch.arange(rows.numel(), device=rows.device) + 1)).sum()
         tail = (rest * torch.arange(1, rest.numel() + 1, device=rest.device)).sum()
         sums.append(int(mixed * 31 + tail))
     return tuple(sums)

@@ -201,7 +201,9 @@ def _layout(analysis: Consistency, node: fx.Node) -> Layout | None:
         return None
     shape = node.meta["val"].shape
     special = {*axes.rows, *axes.batch}
-    channels = tuple(int(size) for dim, size in enumerate(shape) if dim not in special)
+    channels = tuple(size for dim, size in enumerate(shape) if dim not in special)
+    if not all(isinstance(size, int) for size in channels):
+        return None
     return Layout(axes.rows[0], axes.batch[0] if axes.batch else None, channels)
 
 

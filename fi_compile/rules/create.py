@@ -17,7 +17,7 @@ def arange(c: Call) -> Fact:
     start, step = c.arg("start", 0), c.arg("step", 1)
     if isinstance(step, fx.Node) or not isinstance(start, (int, fx.Node)) or not isinstance(step, int):
         if all(not isinstance(c.arg(k), fx.Node) for k in ("start", "end", "step")):
-            return Fact((fixed(c.out[0]),))
+            return Fact(((fixed(c.out[0]),),))
         raise Deny("length_as_value", "arange with a step that is not a whole number")
     offset = c.q(start)
     c.q("end")
@@ -126,5 +126,5 @@ def linspace(c: Call) -> Fact:
             f"{c.name} spreads its points over the current length: every position's value follows the length",
             "spread over a fixed maximum length once, and slice the first L points",
         )
-    return Fact((fixed(c.out[0]),))
+    return Fact(((fixed(c.out[0]),),))
 

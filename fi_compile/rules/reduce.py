@@ -156,7 +156,7 @@ def batch_norm(c: Call) -> Result:
     dims = tuple(tuple(filled(a) for a in d) for d in fact.dims)
     values = c.node.meta["val"]
     if isinstance(values, (list, tuple)):
-        return [Fact(dims), *(Fact((fixed(0),)) for _ in values[1:])]
+        return [Fact(dims), *(Fact(((fixed(0),),)) for _ in values[1:])]
     return Fact(dims)
 
 
