@@ -82,8 +82,7 @@ def _trace_at(model: nn.Module, example: Tensor, length: int) -> Program:
         exported = _export(model, _resized(example, max(own, 3), length), dynamic_batch=True)
         return _read(exported, model, example)
     except Exception:
-        if own > 1 and own >= 3:
-            raise
+        pass  # a batch that is written into the model, as in a graph made for one batch
     exported = _export(model, _resized(example, own, length), dynamic_batch=False)
     return _read(exported, model, example)
 
@@ -223,7 +222,8 @@ def _read(exported: ExportedProgram, model: nn.Module, example: Tensor) -> Progr
                 hint="keep no state in forward: compute it, or register it once before decoding",
             )
         )
-    graph = exported.graph
+    module = fx.GraphModule(torch.nn.Module(), exported.graph)  # copies the graph: names may change
+    graph = module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     inputs, values = [], {}
     for node, spec in zip(placeholders, signature.input_specs, strict=True):
@@ -248,7 +248,6 @@ def _read(exported: ExportedProgram, model: nn.Module, example: Tensor) -> Progr
     guards = [guard.expr for guard in shape_env.guards]
     ranges = shape_env.var_to_range[length]
     lengths = admitted_lengths(guards, length, batch, ranges)
-    module = fx.GraphModule(torch.nn.Module(), graph)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
     return Program(module, tuple(inputs), length, batch, lengths, out_spec, values, example.detach())

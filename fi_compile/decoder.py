@@ -126,6 +126,16 @@ class Decoder:
         return position
 
     @property
+    def inputs(self) -> Tensor:
+        """The sequences so far, [B, longest position(, D)]: what the state was computed from."""
+        return self._sequence[:, : max(lane.position for lane, _ in self._lanes)]
+
+    @property
+    def weights_unchanged(self) -> bool:
+        """Whether every weight is the tensor, at the version, that the state was computed with."""
+        return self._watch.unchanged()
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of state of these sequences (weights, filters and tables are shared and not counted)."""
         return sum(lane.state_bytes for lane, _ in self._lanes) + self._sequence.nbytes
@@ -140,8 +150,7 @@ class Decoder:
     def refresh(self) -> None:
         """Take notice of weights written behind autograd's back, and recompute the state from the inputs kept."""
         sequence, position = self._sequence, self.position
-        self._watch.remember()
-        self.engine.renew(self._watch.current())
+        self._renew_weights()
         self._prefill(sequence[:, : int(position.max())], position.tolist())
 
     def prefill(self, prompt: Tensor, lengths: Sequence[int] | Tensor | None = None) -> Any:
@@ -319,9 +328,10 @@ class Decoder:
         return lane
 
     def _renew_weights(self) -> None:
-        if not self._watch.same_content():
+        changed = self._watch.changed()
+        if changed:
             self._watch.remember()
-            self.engine.renew(self._watch.current())
+            self.engine.renew(self._watch.current(), changed)
 
     # outputs: flat lists in the order of the program's outputs
 

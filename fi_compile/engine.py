@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,13 @@ from .mixers.convolution import Convolution, FilterGrew, recognise, verify
 from .mixers.stack import state_dtype
 from .options import Options
 from .passes.plan_demands import plan_demands
-from .passes.propose_consistency import Consistency, agrees, propose_consistency
+from .passes.propose_consistency import (
+    Consistency,
+    agrees,
+    explain_inconsistency,
+    propose_consistency,
+)
+from .passes.prove_prefix import Proof, prove_prefix
 from .passes.raise_mixers import raise_mixers
 from .program import Kind, Program, is_tensor, source_of
 from .report import MixerReport, Report, Snapshot
@@ -43,14 +49,18 @@ class Engine:
         self.program, self.options, self.model = program, options, model
         self.capacity = self._first_capacity()
         self._derived: dict[tuple[int, int], Derived] = {}
-        self._steps: dict[Any, CompiledStep] = {}
         self._raised: dict[int, Program] = {}
-        self._snapshots: list[Snapshot] = []
         self._analyse()
 
     def _analyse(self) -> None:
+        self._snapshots: list[Snapshot] = []
+        self._steps: dict[Any, CompiledStep] = {}
         self._timed("trace", lambda: None, program=self.program, rewrites=0)
         self.analysis: Consistency = propose_consistency(self.program)
+        self.proof: Proof = prove_prefix(self.program, self.capacity)
+        self._proofs: dict[str, str] = {}
+        self._check_outputs()
+        self.analysis = self.analysis.restricted(self.proof.proved)
         self.plan: Plan = self._timed("analyse", self._plan, program=self.program, rewrites=0)
         self.check_step()
         derived = self._timed("derive", lambda: self.derived(1), rewrites=0)
@@ -59,11 +69,53 @@ class Engine:
     def _plan(self) -> Plan:
         return plan_demands(self.analysis, self._recognise)
 
+    def _check_outputs(self) -> None:
+        """Accept outputs that are consistent *and* proved; raise :class:`Unsupported` on any other."""
+        for node in self.program.outputs:
+            if not is_tensor(node):
+                continue
+            consistent = node in self.analysis.consistent or not self.analysis.axes[node].rows
+            if self.proof.proved(node) or self.proof.newest(node):
+                if not consistent:
+                    raise Unsupported(explain_inconsistency(self.analysis), *self.proof.refusals)
+                continue
+            if not consistent:
+                raise Unsupported(explain_inconsistency(self.analysis), *self.proof.refusals)
+            unproved = Refusal(
+                "unproved",
+                f"{node.name!r} looks causal on random input, but nothing certifies it at every length",
+                (node.name,),
+                source_of(node),
+                "see the certificate's own refusal; if the model is causal, please report it",
+            )
+            raise Unsupported(*(self.proof.refusals or [unproved]))
+
     def _recognise(self, analysis: Consistency, unit: Unit, x: fx.Node) -> Convolution | None:
         found = recognise(analysis, unit, x, self.capacity)
-        if found is None or not verify(found, analysis.parameters, self.capacity):
+        if found is None:
             return None
+        if self.proof.shift_invariant(unit.exit, {x}):
+            how, length = "proved a causal convolution at every length", min(self.capacity, 512)
+        elif self._is_affine(unit, x):
+            how = "proved causal and linear; equals its filter on random input over the whole capacity"
+            length = self.capacity
+        else:
+            return None
+        if not verify(found, analysis.parameters, length):
+            return None
+        self._proofs[unit.exit.name] = how
         return found
+
+    def _is_affine(self, unit: Unit, x: fx.Node) -> bool:
+        """Whether every operator between ``x`` and the unit's exit is certified affine in what comes from x."""
+        reached = {x}
+        for node in unit.nodes:
+            used = reached.intersection(node.all_input_nodes)
+            if used and not self.proof.affine_in(node, used):
+                return False
+            if used:
+                reached.add(node)
+        return unit.exit in reached
 
     def _timed(
         self, name: str, run: Callable[[], Any], *, rewrites: int, program: Program | None = None
@@ -103,7 +155,7 @@ class Engine:
         """Whether each row of every output depends on the same row of the sequence only."""
         n = self.analysis.lengths[0]
         program, values = self.program, self.analysis.parameters
-        if isinstance(program.batch, int):
+        if isinstance(program.batch, int) or not self.proof.rows_independent:
             return False
         outputs = [o for o in program.outputs if isinstance(o, fx.Node)]
         if not all(len(self.plan.batch_axes[o]) == 1 for o in outputs if o in program.input_dependent):
@@ -159,6 +211,7 @@ class Engine:
         capacity = capacity or self.capacity
         key = (batch if self.tables_have_batch else 0, capacity)
         if key not in self._derived:
+            self._prove_up_to(capacity)
             step = StepProgram(self.program, self.plan, capacity)
             self._derived[key] = derive(
                 step,
@@ -170,27 +223,43 @@ class Engine:
             )
         return self._derived[key]
 
+    def _prove_up_to(self, capacity: int) -> None:
+        """See that the certificate, and what was read off filters, hold at a larger capacity too."""
+        if capacity <= self.proof.capacity:
+            return
+        proof = prove_prefix(self.program, capacity)
+        for node in self.analysis.consistent:
+            if not proof.proved(node):
+                raise CapacityError(
+                    f"{node.name!r} is certified up to {self.proof.capacity} positions but not up to {capacity}"
+                )
+        for unit in self.plan.units:
+            mixer = unit.mixer
+            if mixer is None or proof.shift_invariant(unit.exit, {mixer.x}):
+                continue
+            if not verify(mixer, twin_values(self.program), capacity):
+                raise FilterGrew(mixer.name)
+        self.proof = proof
+
     @cached_property
     def tables_have_batch(self) -> bool:
         """Whether some table has one row per batch row."""
         return any(self.plan.batch_axes[node] for node in self.plan.tables)
 
-    def renew(self, values: Mapping[str, Tensor]) -> None:
-        """Take over changed weights: derive again, and analyse again where what was proved may have changed."""
+    def renew(self, values: Mapping[str, Tensor], changed: Collection[str]) -> None:
+        """Take over changed weights: derive again, and analyse again where what was proved may have changed.
+
+        ``changed`` names the program inputs whose contents are new.
+        """
         kinds = {i.name: i.kind for i in self.program.inputs}
-        before = self.program.values
-        again = any(
-            kinds[name] is not Kind.PARAMETER and value is not before.get(name)
-            for name, value in values.items()
-        )
         self.program = self.program.with_values(values)
         self._derived.clear()
         self._raised.clear()
+        if any(kinds[name] is not Kind.PARAMETER or name in self.proof.values_read for name in changed):
+            self._analyse()
+            return
         try:
-            if again:
-                self._analyse()
-            else:
-                self.derived(1)
+            self.derived(1)
         except FilterGrew:
             self._analyse()
 
@@ -278,6 +347,7 @@ class Engine:
         schedule = Schedule(self.options.block, self.capacity) if derived.bank is not None else None
         return Report(
             verdict="proved",
+            certificate=tuple(self.proof.steps),
             mixers=tuple(self._mixer_report(unit) for unit in self.plan.units if self._looks_back(unit)),
             snapshots=tuple(snapshots),
             schedule=schedule,
@@ -305,7 +375,15 @@ class Engine:
         length = None if mixer.kind == "scan" else mixer.support
         channels = mixer.layout_out.count
         return MixerReport(
-            name, mixer.kind, source, channels, length, mixer.depends_on, "proved", lowering, cost
+            name,
+            mixer.kind,
+            source,
+            channels,
+            length,
+            mixer.depends_on,
+            self._proofs[mixer.name],
+            lowering,
+            cost,
         )
 
 

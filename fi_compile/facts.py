@@ -185,10 +185,18 @@ def clip(axis: Axis) -> Axis:
     first, end = axis.window
     valid = axis.valid
     if not always(axis.hi <= end):
-        valid = tidy(np.where(np.greater(axis.hi, end), np.minimum(valid, np.add(end, 1)), valid))
+        kept = np.minimum(valid, np.add(end, 1))
+        if _saturates(end) and always(axis.valid > np.max(end)):
+            # A table cut at min(m, s): from s = m on it is one and the same filter.
+            kept = np.where(end == np.max(end), EVERYWHERE, kept)
+        valid = tidy(np.where(np.greater(axis.hi, end), kept, valid))
     if not constant(first) and not always(axis.lo >= first):
         valid = least(valid, floor_of(first))
     return settle(replace(axis, lo=most(axis.lo, first), hi=least(axis.hi, end), valid=valid))
+
+
+def _saturates(end: Quantity) -> bool:
+    return isinstance(end, np.ndarray) and end.shape[1] > 1 and bool((end[:, -2:] == np.max(end)).all())
 
 
 def filled(axis: Axis) -> Axis:
@@ -350,8 +358,17 @@ def united(axes: Sequence[Axis], how: str, partial: bool) -> Axis:
     if any(a.period is not None for a in axes):
         if any(a.period is None or not same(a.period, axes[0].period) for a in axes):  # type: ignore[arg-type]
             raise Deny("misaligned", "combines a cyclic sequence with one that is not")
-        if not (how == "linear" and not partial) and not (how == "product" and len(axes) == 1):
+        linear = (how == "linear" and not partial) or (how == "product" and len(axes) == 1)
+        # Where each index shows exactly one content, a rotated sequence, any map will do.
+        rotated = all(
+            constant(a.lo) and same(np.subtract(a.hi, a.lo), np.subtract(first.period, 1)) for a in axes
+        )  # type: ignore[arg-type]
+        rotated = rotated and all(same(a.lo, first.lo) for a in axes)
+        if not (linear or rotated):
             raise alias(first, 0, first.size)
+        if rotated:
+            batch = any(a.batch for a in axes)
+            return replace(first, valid=least(*(a.valid for a in axes)), batch=batch)
     batch = any(a.batch for a in axes)
     if len(axes) > 1:
         lo = most(*(a.lo for a in axes)) if how == "product" else least(*(a.lo for a in axes))

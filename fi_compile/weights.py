@@ -24,7 +24,7 @@ class WeightWatch:
     """Strong references to every tensor a program read from its model, with their versions.
 
     ``unchanged()`` is cheap enough for every step. Writes that bump no version (``.data``, NumPy, fused optimisers)
-    are seen only by ``checksum``.
+    are seen only by ``changed()``.
     """
 
     def __init__(self, program: Program, model: nn.Module | None) -> None:
@@ -35,7 +35,7 @@ class WeightWatch:
     def remember(self) -> None:
         """Take the present tensors and versions as the known ones."""
         self._known = [(w.owner, w.key, t := w.owner[w.key], _version(t)) for w in self.watched]
-        self._sum = checksum(tensor for _, _, tensor, _ in self._known)
+        self._sums = [checksum(tensor) for _, _, tensor, _ in self._known]
 
     def unchanged(self) -> bool:
         """Whether every watched tensor is the same object at the same version."""
@@ -44,9 +44,17 @@ class WeightWatch:
                 return False
         return True
 
-    def same_content(self) -> bool:
-        """Whether identity, versions and contents are the known ones."""
-        return self.unchanged() and checksum(t for _, _, t, _ in self._known) == self._sum
+    def changed(self) -> list[str]:
+        """Program inputs whose tensor, version or contents are no longer the known ones."""
+        return [
+            watched.name
+            for watched, (owner, key, tensor, version), known in zip(
+                self.watched, self._known, self._sums, strict=True
+            )
+            if owner[key] is not tensor
+            or (version is not None and tensor._version != version)
+            or checksum(tensor) != known
+        ]
 
     def copy(self) -> WeightWatch:
         """An independent watch that knows what this one knows."""
@@ -78,20 +86,16 @@ def _find(program: Program, model: nn.Module) -> Iterable[_Watched]:
                 break
 
 
-def checksum(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """A fingerprint of the contents: per tensor, position-weighted sums of the bits."""
-    sums = []
-    for tensor in tensors:
-        data = tensor.detach()
-        if data.is_complex():
-            data = torch.view_as_real(data)
-        bits = data.contiguous().flatten().view(torch.uint8)
-        whole = bits[: bits.numel() // 8 * 8].view(torch.int64)
-        weights = torch.arange(1, 64, dtype=torch.int64, device=whole.device)
-        folded = whole[: whole.numel() // 63 * 63].view(-1, 63)
-        rest = bits[folded.numel() * 8 :].to(torch.int64)
-        rows = (folded * weights).sum(1)
-        mixed = (rows * (2 * torch.arange(rows.numel(), device=rows.device) + 1)).sum()
-        tail = (rest * torch.arange(1, rest.numel() + 1, device=rest.device)).sum()
-        sums.append(int(mixed * 31 + tail))
-    return tuple(sums)
+def checksum(tensor: Tensor) -> int:
+    """A fingerprint of the contents: a position-weighted sum of the bits."""
+    data = tensor.detach()
+    if data.is_complex():
+        data = torch.view_as_real(data)
+    bits = data.contiguous().flatten().view(torch.uint8)
+    whole = bits[: bits.numel() // 8 * 8].view(torch.int64)
+    folded = whole[: whole.numel() // 63 * 63].view(-1, 63)
+    rest = bits[folded.numel() * 8 :].to(torch.int64)
+    rows = (folded * torch.arange(1, 64, dtype=torch.int64, device=data.device)).sum(1)
+    mixed = (rows * (2 * torch.arange(rows.numel(), device=data.device) + 1)).sum()
+    tail = (rest * torch.arange(1, rest.numel() + 1, device=data.device)).sum()
+    return int(mixed * 31 + tail)

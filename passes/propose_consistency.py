@@ -6,8 +6,8 @@ checked on the float64 twin at a few awkward lengths; the static certificate is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +46,10 @@ class Consistency:
     lengths: tuple[int, ...]
     values: Mapping[int, Mapping[fx.Node, Any]]
     parameters: Mapping[str, Tensor]
+
+    def restricted(self, keep: Callable[[fx.Node], bool]) -> Consistency:
+        """The same with only the consistent nodes that ``keep`` admits too (those with a certificate)."""
+        return replace(self, consistent=frozenset(n for n in self.consistent if keep(n)))
 
     @cached_property
     def longest(self) -> int:

@@ -22,7 +22,16 @@ from fi_compile.facts import (
     sequence,
     tidy,
 )
-from fi_compile.program import Kind, Program, as_expr, data_arguments, is_integer, is_tensor, operator_name, source_of
+from fi_compile.program import (
+    Kind,
+    Program,
+    as_expr,
+    data_arguments,
+    is_integer,
+    is_tensor,
+    operator_name,
+    source_of,
+)
 from fi_compile.rules import RULES, Call
 from fi_compile.symbolic import evaluate_at
 
@@ -53,6 +62,7 @@ class Proof:
     values_read: frozenset[str] = frozenset()
     rows_independent: bool = False
     _length: Quantity = 0
+    _data: set[fx.Node] = field(default_factory=set)
     _calls: dict[fx.Node, Call] = field(default_factory=dict)
     _denied: dict[fx.Node, Deny] = field(default_factory=dict)
 
@@ -94,12 +104,12 @@ class Proof:
         Without ``inputs`` the path is followed back to the nearest proved values. Together with
         ``proved(node)``: the node is a causal convolution of them with input-independent filters.
         """
-        data = self.program.input_dependent
+        data = self._data
         todo, seen = [node], {node}
         while todo:
             current = todo.pop()
             call = self._calls.get(current)
-            sources = {a for a in data_arguments(current) if a in data}
+            sources = {a for a in _sources(current) if a in data}
             if not sources:
                 return False
             if call is not None and not any(sources <= group for group in call.invariant):
@@ -139,16 +149,20 @@ class _Walker:
         self.program = program
         lengths = program.lengths.upto(capacity)
         batches = _BATCHES if not isinstance(program.batch, int) else (program.batch,)
-        self.lengths = np.broadcast_to(lengths, (len(batches), len(lengths))) + np.zeros((1, 1), dtype=np.int64)
-        self.batches = np.array(batches, dtype=np.int64)[:, None] + np.zeros((1, len(lengths)), dtype=np.int64)
+        self.lengths = np.broadcast_to(lengths, (len(batches), len(lengths))) + np.zeros(
+            (1, 1), dtype=np.int64
+        )
+        self.batches = np.array(batches, dtype=np.int64)[:, None] + np.zeros(
+            (1, len(lengths)), dtype=np.int64
+        )
         self.length: Quantity = self.lengths if len(lengths) else 0
         self.empty = not len(lengths)
         self.sizes: dict[Any, Any] = {}
         self.results: dict[fx.Node, Fact | list[Fact]] = {}
         self.tables: dict[fx.Node, Tensor | None] = {}
         self.read_values: set[str] = set()
-        self.data = program.input_dependent
-        self.proof = Proof(program, capacity, _length=self.length)
+        self.data: set[fx.Node] = {program.sequence}  # nodes whose data comes from the sequence
+        self.proof = Proof(program, capacity, _length=self.length, _data=self.data)
 
     # -- what rules ask for
 
@@ -216,6 +230,8 @@ class _Walker:
         if not isinstance(value, (Tensor, list, tuple)):
             return
         call: Call | None = None
+        if any(a in self.data for a in _sources(node)):
+            self.data.add(node)
         try:
             if node.op == "placeholder":
                 result: Fact | list[Fact] = self._placeholder(node)
@@ -257,7 +273,12 @@ class _Walker:
         value = None if node is self.program.sequence else self.program.values.get(node.name)
         kinds = {spec.name: spec.kind for spec in self.program.inputs}
         fill = None
-        if value is not None and value.numel() == 1 and kinds[node.name] is Kind.CONSTANT and not value.is_complex():
+        if (
+            value is not None
+            and value.numel() == 1
+            and kinds[node.name] is Kind.CONSTANT
+            and not value.is_complex()
+        ):
             fill = value.item()
             self.read_values.add(node.name)
         return Fact(tuple((a,) for a in axes), fill=fill)
@@ -267,15 +288,15 @@ class _Walker:
         tags = getattr(node.target, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags and operator_name(node.target) not in RULES:
             raise Deny("random", f"{call.name} draws random numbers", "call model.eval()")
+        rule = RULES.get(call.name)
         facts = []
-        for argument in data_arguments(node):
+        for argument in _sources(node):
             fact = self.fact(argument)
             facts.extend(fact if isinstance(fact, list) else [fact])
         still = all(f.fixed or (f.newest and not f.scaled and not f.junk) for f in facts)
         newest = any(f.newest for f in facts)
         if newest and not still:
             raise Deny("unproved", "combines the newest row with whole sequences")
-        rule = RULES.get(call.name)
         try:
             if rule is None:
                 raise Deny(
@@ -337,12 +358,16 @@ class _Walker:
         """The result, if its axes have the traced sizes; with the batch fact, and values where they decide."""
         value = node.meta["val"]
         if isinstance(result, list):
-            return [self._sized(node, v, f) for v, f in zip(value, result, strict=True) if isinstance(v, Tensor)]
+            return [
+                self._sized(node, v, f) for v, f in zip(value, result, strict=True) if isinstance(v, Tensor)
+            ]
         return self._with_values(node, self._sized(node, value, result))
 
     def _sized(self, node: fx.Node, value: Tensor, fact: Fact) -> Fact:
         if len(fact.dims) != value.dim():
-            raise Deny("internal", f"the rule for {node.name} gives {len(fact.dims)} dimensions, not {value.dim()}")
+            raise Deny(
+                "internal", f"the rule for {node.name} gives {len(fact.dims)} dimensions, not {value.dim()}"
+            )
         for dim, size in zip(fact.dims, value.shape, strict=True):
             product: Quantity = 1
             for axis in dim:
@@ -351,7 +376,7 @@ class _Walker:
                 raise Deny("internal", f"the rule for {node.name} gives another size than the trace")
         if node not in self.data:
             return replace(fact, rows=True)
-        sources = [self.results[a] for a in data_arguments(node) if a in self.data and a in self.results]
+        sources = [self.results[a] for a in _sources(node) if a in self.data and a in self.results]
         flat = [f for s in sources for f in (s if isinstance(s, list) else [s])]
         single = sum(a.batch for a in fact.axes) == 1
         return replace(fact, rows=single and all(f.rows for f in flat))
@@ -425,6 +450,16 @@ class _Walker:
                         todo.append(argument)
 
 
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose data a node reads: not those it only takes a shape from."""
+    sources = data_arguments(node) if node.op == "call_function" else []
+    rule = RULES.get(operator_name(node.target))
+    if rule is None or not rule.lends or not sources:
+        return sources
+    lent = {Call(node, None).arg(name) for name in rule.lends}  # type: ignore[arg-type]
+    return [a for a in sources if a not in lent]
+
+
 class _Missing(Exception):
     """An argument has no fact: the cause lies before this node."""
 
@@ -451,7 +486,9 @@ def _describe(fact: Fact, missing: bool = False) -> str:
             words.append("positions are merged with another dimension")
     if fact.newest:
         words.append("the newest row")
-    return ", ".join(dict.fromkeys(words)) or "a size follows the length in another way than the sequence does"
+    return (
+        ", ".join(dict.fromkeys(words)) or "a size follows the length in another way than the sequence does"
+    )
 
 
 def _decided(table: Tensor, query: int, key: int) -> Iterator[Triangle]:

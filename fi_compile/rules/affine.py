@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..facts import Affine, Fact, Quantity, Triangle, constant, is_number, tidy
+from fi_compile.facts import Affine, Fact, Quantity, Triangle, constant, is_number, tidy
 
 Bounds = tuple[Any, Any]
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ..facts import EVERYWHERE, Axis, Deny, Fact, Quantity, constant, fixed, same, settle, tidy
-from ..program import as_expr, is_integer, is_tensor, operator_name
+from fi_compile.facts import EVERYWHERE, Axis, Deny, Fact, Quantity, constant, fixed, same, settle, tidy
+from fi_compile.program import as_expr, is_integer, is_tensor, operator_name
 
 Result = Fact | list[Fact]
 
@@ -21,25 +21,29 @@ class Rule:
     """How facts pass through one operator.
 
     ``scales``: arguments may carry a factor that follows the length (the rule is linear in them);
-    ``junk``: arguments may have entries above a diagonal that are not certified.
+    ``junk``: arguments may have entries above a diagonal that are not certified. ``lends``: arguments whose
+    data is overwritten: they give their shape only.
     """
 
     apply: Callable[[Call], Result]
     scales: bool = False
     junk: bool = False
+    lends: tuple[str, ...] = ()
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str, scales: bool = False, junk: bool = False) -> Callable[[Any], Any]:
+def rule(
+    *names: str, scales: bool = False, junk: bool = False, lends: tuple[str, ...] = ()
+) -> Callable[[Any], Any]:
     """Register a function ``Call -> Fact`` for the operators called ``names``."""
 
     def register(function: Callable[[Call], Result]) -> Callable[[Call], Result]:
         for name in names:
             if name in RULES:
                 raise ValueError(f"two rules for {name}")
-            RULES[name] = Rule(function, scales, junk)
+            RULES[name] = Rule(function, scales, junk, lends)
         return function
 
     return register
@@ -75,8 +79,10 @@ class Call:
     conditions: list[str] = field(default_factory=list)
     read: set[fx.Node] = field(default_factory=set)
     arguments: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     def __post_init__(self) -> None:
+        self.name = operator_name(self.node.target)
         schema = getattr(self.node.target, "_schema", None)
         if schema is None:
             self.arguments = {str(i): a for i, a in enumerate(self.node.args)} | dict(self.node.kwargs)
@@ -88,11 +94,6 @@ class Call:
                 self.arguments[argument.name] = self.node.kwargs[argument.name]
             elif argument.has_default_value():
                 self.arguments[argument.name] = argument.default_value
-
-    @property
-    def name(self) -> str:
-        """The operator's name, without overload."""
-        return operator_name(self.node.target)
 
     def arg(self, name: str, default: Any = None) -> Any:
         """The raw argument."""

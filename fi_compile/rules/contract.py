@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from ..facts import JUNK, Axis, Deny, Dim, Fact, Quantity, Triangle, is_number, least, same, tidy, tidy_scale
+from fi_compile.facts import JUNK, Axis, Deny, Dim, Fact, Quantity, Triangle, is_number, least, same, tidy, tidy_scale
 from .call import Call, is_one, mixed, one, rule
 from .pointwise import unite_dims, varies
 from .triangles import VERY_LOW

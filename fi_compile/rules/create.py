@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..facts import EVERYWHERE, Affine, Axis, Deny, Fact, constant, fixed, settle, tidy_scale
+from fi_compile.facts import EVERYWHERE, Affine, Axis, Deny, Fact, constant, fixed, settle, tidy_scale
 from .call import Call, half_precision, rule, table_axis
 from .pointwise import counted
 
@@ -37,7 +37,7 @@ def uniform(c: Call, value: object) -> Fact:
     number = c.scalar(value)
     dims = []
     for size in c.out:
-        if number == 0 if not isinstance(number, np.ndarray) else False:
+        if not isinstance(number, np.ndarray) and number == 0:
             axis = fixed(size) if constant(size) else settle(Axis(size, EVERYWHERE, 0, -1))
         else:
             axis = table_axis(size)
@@ -81,7 +81,7 @@ def scalar_tensor(c: Call) -> Fact:
     return uniform(c, c.arg("s"))
 
 
-@rule("fill", scales=True)
+@rule("fill", scales=True, lends=("self",))
 def fill(c: Call) -> Fact:
     """A tensor's shape with one value."""
     value = c.arg("value")
@@ -91,7 +91,7 @@ def fill(c: Call) -> Fact:
     return uniform(c, value)
 
 
-@rule("copy", "copy_", scales=True)
+@rule("copy", "copy_", scales=True, lends=("self",))
 def copy(c: Call) -> Fact:
     """dst.copy_(src): src broadcast."""
     from .views import repeated
@@ -106,7 +106,7 @@ def copy(c: Call) -> Fact:
 @rule("eye")
 def eye(c: Call) -> Fact:
     """The identity: certified on both axes, zero off the diagonal."""
-    from ..facts import Triangle
+    from fi_compile.facts import Triangle
 
     for key in ("n", "m"):
         if c.arg(key) is not None:

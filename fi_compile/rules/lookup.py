@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from torch import fx
 
-from ..facts import JUNK, Axis, Deny, Dim, Fact, Triangle, constant, cut, fixed, flipped, is_number, least, same, tidy
+from fi_compile.facts import JUNK, Axis, Deny, Dim, Fact, Triangle, constant, cut, fixed, flipped, is_number, least, same, tidy
 from . import affine as index
 from .call import Call, mixed, one, rule
 from .pointwise import unite_dims, value_bounds
@@ -41,11 +41,13 @@ def looked_up(c: Call, table: Fact, dim: int, where: Fact) -> Fact:
 def indexed(c: Call, table: Fact, dim: int, where: Fact) -> tuple[tuple[Dim, ...], tuple[Triangle, ...]]:
     """The axes that ``index`` puts in the place of one axis of ``table``, and where nothing is claimed."""
     axis = one(table.dims[dim])
+    if where.newest != table.newest and not table.fixed:
+        raise Deny("unproved", "combines the newest row with whole sequences")
     if where.scaled or where.junk:
         raise Deny("length_as_value", "an index that follows the length")
     form = where.affine
     if len(where.dims) == 1 and form is not None and abs(form.coefficients[0]) == 1 and not axis.freq:
-        return (_sliced(axis, where, int(form.coefficients[0])),), ()
+        return ((_sliced(axis, where, int(form.coefficients[0])),),), ()
     if axis.fixed:
         return tuple(where.dims), ()
     if axis.batch or not axis.plain:
@@ -135,6 +137,9 @@ def gather(c: Call) -> Fact:
         if i == dim:
             others.append(where.dims[i])
             continue
+        if all(a.fixed for a in (*fact.dims[i], *where.dims[i])):
+            others.append(where.dims[i])
+            continue
         axis, wanted = one(fact.dims[i]), one(where.dims[i])
         if not (axis.plain and wanted.plain):
             raise Deny("misaligned", "gathers from values whose rows are not aligned with the index")
@@ -144,7 +149,7 @@ def gather(c: Call) -> Fact:
         c.row_local = True
         others[dim] = mixed(others[dim])
         return Fact(tuple(others))
-    if not all(one(d).plain for d in where.dims):
+    if not all(a.plain for a in where.axes):
         raise Deny("misaligned", "gathers with an index whose rows are not aligned")
     _, triangles = indexed(c, fact, dim, where)
     return Fact(tuple(others), triangles=triangles)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from ..facts import (
+from fi_compile.facts import (
     Affine,
     Axis,
     Deny,
@@ -26,7 +27,7 @@ from ..facts import (
     tidy_scale,
     united,
 )
-from ..program import is_integer
+from fi_compile.program import is_integer
 from . import affine as index
 from .call import Call, half_precision, is_one, rule
 from .triangles import combined, evaluated
@@ -111,8 +112,6 @@ def finish(c: Call, dims: tuple[Dim, ...], scale: Any = 1.0, affine: Affine | No
     complex_operand = any(c.is_complex(n) and not any(a.freq for a in f.axes) for n, f in facts.items())
     complex_number = any(isinstance(a, complex) for a in c.arguments.values())
     if (complex_operand or complex_number) and any(a.freq for d in dims for a in d):
-        from dataclasses import replace
-
         dims = tuple(tuple(replace(a, real=False) if a.freq else a for a in d) for d in dims)
     return Fact(dims, scale, triangles, affine=affine, fill=fill)
 
@@ -188,7 +187,14 @@ def zero_preserving(c: Call) -> Fact:
         return elementwise(c, "any")
     if c.name == "imag":
         c.note_linear([c.arg("self")])
-    return elementwise(c, "zero")
+    result = elementwise(c, "zero")
+    known = value_bounds(c.fact("self")) if c.name == "abs" else None
+    if known is not None:
+        low, high = np.abs(known[0]), np.abs(known[1])
+        straddles = np.less(known[0], 0) & np.greater(known[1], 0)
+        least = np.where(straddles, 0, np.minimum(low, high))
+        return replace(result, bounds=(tidy(least), tidy(np.maximum(low, high))))
+    return result
 
 
 @rule(*(n for n in UNARY_ANY if n not in ("where", "masked_fill", *index.DECIDE, "clamp", "clamp_min", "clamp_max")), junk=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from torch import fx
 
-from ..facts import Deny, Dim, Fact, constant, filled, fixed, is_number, least, settle
+from fi_compile.facts import Deny, Dim, Fact, constant, filled, fixed, is_number, least, settle
 from .call import Call, Result, mixed, need_fixed, one, rule
 from .contract import masked
 from .pointwise import unite_dims

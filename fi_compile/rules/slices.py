@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..facts import (
+from fi_compile.facts import (
     Axis,
     Deny,
     Fact,

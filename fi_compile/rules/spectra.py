@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..facts import Axis, Deny, Fact, Quantity, alias, closed, cut, fixed, least, negated, same, tidy, tidy_scale, unwrapped
+from fi_compile.facts import Axis, Deny, Fact, Quantity, alias, closed, cut, fixed, least, negated, same, tidy, tidy_scale, unwrapped
 from .call import Call, one, rule
 
 
@@ -90,10 +90,18 @@ def conjugate(c: Call) -> Fact:
     return Fact(dims, fact.scale)
 
 
-@rule("fft_fftn", "fft_ifftn", "fft_fft2", "fft_ifft2", "fft_rfftn", "fft_rfft2")
+@rule("fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", scales=True)
 def several(c: Call) -> Fact:
-    """Transforms over several dimensions: only where nothing follows the length."""
+    """Transforms over several dimensions: one after another (a real one last)."""
     fact = c.fact("self")
-    if not all(a.fixed for a in fact.axes):
-        raise Deny("spectrum", f"{c.name} of a value with a sequence axis")
-    return Fact(tuple((fixed(size),) for size in c.out))
+    dims = c.arg("dim")
+    if dims is None or len(dims) != 1:
+        if not all(a.fixed for a in fact.axes):
+            raise Deny("spectrum", f"{c.name} over several dimensions of a value with a sequence axis")
+        return Fact(tuple((fixed(size),) for size in c.out), fact.scale)
+    c.arguments["dim"] = dims[0]
+    lengths = c.arg("s")
+    c.arguments["n"] = lengths[0] if lengths else None
+    backwards = c.name.startswith("fft_i")
+    c.name = ("fft_irfft" if "irfft" in c.name else "fft_ifft") if backwards else "fft_rfft"
+    return inverse(c) if backwards else forward(c)

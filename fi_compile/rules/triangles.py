@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..facts import JUNK, Fact, Triangle, constant, is_number
+from fi_compile.facts import JUNK, Fact, Triangle, constant, is_number
 from .call import Call
 
 # In a softmax, scores this low weigh exactly nothing beside an ordinary one.
@@ -47,6 +47,12 @@ def combined(c: Call, rank: int) -> tuple[Triangle, ...]:
 
 def state(c: Call, states: dict[Any, Any]) -> Any:
     """One entry of the result, given that entry of every tensor operand: a number, ``None`` or JUNK."""
+    value = _state(c, states)
+    dtype = c.node.meta["val"].dtype
+    return bool(value) if dtype == torch.bool and is_number(value) else value
+
+
+def _state(c: Call, states: dict[Any, Any]) -> Any:
     special = _SPECIAL.get(c.name)
     if special is not None:
         result = special(c, states)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..facts import Axis, Deny, Dim, Fact, Quantity, Triangle, constant, fixed, same, tidy
+from fi_compile.facts import Axis, Deny, Dim, Fact, Quantity, Triangle, constant, fixed, same, tidy
 from .call import Call, is_one, rule, table_axis
 
 
@@ -161,14 +161,25 @@ def repeat_interleave(c: Call) -> Fact:
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy", "_reshape_alias", "reshape_as", "view_as",
-      "_reshape_copy", "ravel", scales=True)  # fmt: skip
+      "_reshape_copy", "ravel", scales=True, junk=True)  # fmt: skip
 def view(c: Call) -> Fact:
     """Dimensions merged and split; a merged sequence axis survives until it is split off exactly."""
     fact = _linear(c)
     for key in ("size", "shape", "sizes"):
         if c.arg(key) is not None:
             c.qs(key)
-    return Fact(viewed(fact, c.out), fact.scale, fill=fact.fill, bounds=fact.bounds)
+    dims = viewed(fact, c.out)
+    old = [i for i, dim in enumerate(fact.dims) if not is_one(dim)]
+    new = [i for i, dim in enumerate(dims) if not is_one(dim)]
+    if len(old) == len(new) and all(_alike(fact.dims[i], dims[j]) for i, j in zip(old, new, strict=True)):
+        return moved(fact, dims, dict(zip(old, new, strict=True)))  # only dimensions of size 1 come or go
+    if fact.junk:
+        raise Deny("unproved", "a view regroups entries that are certified only below a diagonal")
+    return Fact(dims, fact.scale, fill=fact.fill, bounds=fact.bounds)
+
+
+def _alike(a: Dim, b: Dim) -> bool:
+    return len(a) == len(b) and all(same(x.size, y.size) for x, y in zip(a, b, strict=True))
 
 
 def viewed(fact: Fact, sizes: tuple[Quantity, ...]) -> tuple[Dim, ...]:
