@@ -8,7 +8,9 @@ and read back as a program with its guards evaluated.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,7 +25,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from .errors import Refusal, Unsupported
-from .program import Input, Kind, Lengths, Program
+from .program import Input, Kind, Lengths, Program, as_expr
 from .symbolic import evaluate_at
 from .twin import random_sequence
 
@@ -107,26 +109,31 @@ def disagreements(program: Program, model: nn.Module) -> list[int]:
     sequence = random_sequence(program, max(program.example.shape[0], 2), longer, seed=3, double=False)
     if isinstance(program.batch, int):
         sequence = sequence[: program.batch]
+    nodes = [o for o in program.outputs if isinstance(o, fx.Node)]
     with torch.no_grad():
-        whole = pytree.tree_leaves(program.run(sequence))
-        return [n for n in tested if not _equal_prefix(model, sequence[:, :n], whole, n, longer)]
+        whole = program.evaluate(sequence, keep=nodes)
+        return [n for n in tested if not _equal_prefix(program, model, sequence[:, :n], whole)]
 
 
-def _equal_prefix(model: nn.Module, sequence: Tensor, whole: list[Any], n: int, longer: int) -> bool:
+def _equal_prefix(
+    program: Program, model: nn.Module, sequence: Tensor, whole: dict[fx.Node, Any]
+) -> bool:
+    """Whether the model on a prefix gives the first rows of every output of a longer run."""
     try:
         found = pytree.tree_leaves(model(sequence))
     except Exception:
         return True  # the model itself does not run there: there is nothing to differ from
-    if len(found) != len(whole):
+    outputs = [o for o in program.outputs if o is not None]
+    if len(found) != len(outputs):
         return False
-    for short, long in zip(found, whole, strict=True):
-        if not isinstance(short, Tensor) or not isinstance(long, Tensor):
+    for short, node in zip(found, outputs, strict=True):
+        if not isinstance(node, fx.Node):
             continue
-        axes = [d for d in range(long.dim()) if long.shape[d] == longer]
-        for axis in axes[:1] if long.dim() == short.dim() else ():
-            long = long.narrow(axis, 0, n)
-        if not axes:
-            continue  # an output without a sequence axis: the newest row, at another length another row
+        long = whole[node]
+        axes = [d for d, size in enumerate(node.meta["val"].shape) if as_expr(size) == program.length]
+        if len(axes) != 1:
+            continue  # an output without a sequence axis is of the newest row: another row at each length
+        long = long.narrow(axes[0], 0, sequence.shape[1])
         if short.shape != long.shape or not _roughly_equal(short, long):
             return False
     return True
@@ -203,7 +210,15 @@ def _traceable_helpers() -> Iterator[None]:
         yield
 
 
+def _symbolic_math() -> types.SimpleNamespace:
+    """``math`` with a square root that keeps a symbolic length symbolic."""
+    functions = {name: value for name, value in vars(math).items() if not name.startswith("__")}
+    functions["sqrt"] = lambda n: torch.sym_sqrt(n) if isinstance(n, torch.SymInt) else math.sqrt(n)
+    return types.SimpleNamespace(**functions)
+
+
 _STAND_INS: tuple[tuple[str, str, Any], ...] = (
+    ("torch._refs.fft", "math", _symbolic_math()),  # norm="ortho"
     ("opt_einsum", "contract", torch.einsum),
     ("opt_einsum.contract", "contract", torch.einsum),
     ("scipy.fft", "next_fast_len", lambda target, real=False: target),

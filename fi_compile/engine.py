@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
@@ -196,7 +197,8 @@ class Engine:
         capacity = self.capacity
         if self.most is not None and needed > self.most:
             if grow or needed > self.most + 1:
-                raise CapacityError(f"{needed} positions exceed {self.most}, the most there may be")
+                hint = "" if self.options.max_length else "; give max_length to trace the model for longer ones"
+                raise CapacityError(f"{needed} positions exceed {self.most}, the most there may be{hint}")
             needed = self.most
         if grow and needed > capacity and not self.options.growth:
             raise CapacityError(f"the capacity of {capacity} positions is used up and growth is off")
@@ -391,4 +393,5 @@ def module_path(node: fx.Node) -> str:
     """The path of the module whose forward made a node, or the node's own name at the top."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0]), "")
+    path = re.sub(r"^L\['\w+'\]\.?", "", path)  # Dynamo's word for the module that was compiled
     return path or node.name

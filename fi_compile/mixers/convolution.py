@@ -125,22 +125,30 @@ class UnitFunction:
         length: int,
     ) -> None:
         self.program, self.unit, self.x, self.layout, self.length = program, unit, x, layout, length
-        example = program.example
-        sequence = example.new_zeros((1, 1, *example.shape[2:])).expand(1, length, *example.shape[2:])
-        others = [n for n in unit.reads if n is not x]
-        self.fixed = program.evaluate(sequence, values, keep=others, rewrite=widen_call)
-        val = x.meta["val"]
-        self.dtype = torch.complex128 if val.dtype.is_complex else torch.float64
-        self.device = example.device
+        self.values = values
+        self.device = program.example.device
+        self._fixed: dict[int, dict[fx.Node, Tensor]] = {}
+
+    def fixed(self, batch: int) -> dict[fx.Node, Tensor]:
+        """The values of the other inputs, none of which depends on the sequence."""
+        if batch not in self._fixed:
+            example = self.program.example
+            shape = (batch, self.length, *example.shape[2:])
+            sequence = example.new_zeros((1,) * len(shape)).expand(shape)
+            others = [n for n in self.unit.reads if n is not self.x]
+            self._fixed[batch] = self.program.evaluate(
+                sequence, self.values, keep=others, rewrite=widen_call
+            )
+        return self._fixed[batch]
 
     def zeros(self, batch: int) -> Tensor:
         """A zero input of ``batch`` rows."""
-        return self.layout.zeros(batch, self.length, self.dtype, self.device)
+        return self.layout.zeros(batch, self.length, torch.float64, self.device)
 
     def __call__(self, value: Tensor) -> Tensor:
         """The unit's value for an input."""
-        env = {**self.fixed, self.x: value}
         batch = value.shape[self.layout.batch] if self.layout.batch is not None else 1
+        env = {**self.fixed(batch), self.x: value}
         with torch.no_grad():
             return run_unit(
                 self.program, self.unit.nodes, env, length=self.length, batch=batch, rewrite=widen_call
