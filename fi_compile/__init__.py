@@ -1,6 +1,7 @@
 """flashinf: exact quasi-linear autoregressive inference through torch.compile."""
 
 from .decoder import Decoder, decoder
+from .doors import FlashinfWarning, last_report
 from .errors import (
     CapacityError,
     DecoderBroken,
@@ -10,6 +11,7 @@ from .errors import (
     Unsupported,
     WeightsChanged,
 )
+from .explain import explain
 from .generate import generate
 from .options import Options
 from .report import Report
@@ -21,6 +23,7 @@ __all__ = [
     "Decoder",
     "DecoderBroken",
     "FlashinfError",
+    "FlashinfWarning",
     "InputError",
     "Options",
     "Refusal",
@@ -28,5 +31,7 @@ __all__ = [
     "Unsupported",
     "WeightsChanged",
     "decoder",
+    "explain",
     "generate",
+    "last_report",
 ]

@@ -456,7 +456,8 @@ class Decoder:
                 f"{what}: expected {example.dtype} on {example.device}, found {value.dtype} on {value.device}"
             )
         if self._vocabulary is not None and value.device.type == "cpu":
-            low, high = (int(v) for v in torch.aminmax(value))
+            ids = value.flatten().tolist() if value.numel() < 64 else torch.aminmax(value)
+            low, high = int(min(ids)), int(max(ids))
             if low < 0 or high >= self._vocabulary:
                 raise InputError(
                     f"{what}: ids must be 0 … {self._vocabulary - 1}, found {low if low < 0 else high}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -273,12 +273,14 @@ class Engine:
 
     # -- running -------------------------------------------------------------------------------------------
 
-    def step(self, lane: Lane) -> CompiledStep:
-        """The compiled step for a lane; lanes whose tensors have equal shapes and strides share it."""
-        key = lane.signature
-        if key not in self._steps:
-            self._steps[key] = CompiledStep(lane.derived.step, lane.tensors, self.options.step)
-        return self._steps[key]
+    def step(self, lane: Lane) -> Callable[[], Sequence[Any]]:
+        """The compiled step on a lane's tensors; lanes of equal shapes and strides share the compilation."""
+        if lane.run is None:
+            key = lane.signature
+            if key not in self._steps:
+                self._steps[key] = CompiledStep(lane.derived.step, lane.tensors, self.options.step)
+            lane.run = self._steps[key].on(lane.tensors)
+        return lane.run
 
     def forward(self, sequence: Tensor, derived: Derived) -> tuple[list[Any], dict[str, Tensor]]:
         """One pass over a whole sequence: the flat outputs, and the values a lane is filled with."""
@@ -313,7 +315,7 @@ class Engine:
         )
         lane = Lane(twin, sequence.shape[0])
         for t in range(n):
-            found = lane.step(sequence[:, t : t + 1], lambda tensors: step(tensors, widen_call))
+            found = lane.step(sequence[:, t : t + 1], lambda: step(lane.tensors, widen_call))
             for node, value in zip(self.program.outputs, found, strict=True):
                 expected = self._expected(node, t)
                 if expected is not None and not agrees(value, expected, 1e-9):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -256,7 +256,7 @@ def cut(axis: Axis, start: Quantity, stop: Quantity) -> Axis:
         return axis
     size = tidy(np.subtract(stop, start))
     if axis.freq:
-        if same(start, 0) and always(stop >= np.add(np.floor_divide(axis.period, 2), 1)):
+        if same(start, 0) and always(stop >= np.add(np.floor_divide(axis.period, 2), 1)):  # type: ignore[arg-type]
             return replace(axis, size=size, batch=False)
         raise Deny("spectrum", "a slice of a spectrum drops frequencies, which spreads over all positions")
     if axis.period is not None:
@@ -361,7 +361,8 @@ def united(axes: Sequence[Axis], how: str, partial: bool) -> Axis:
         linear = (how == "linear" and not partial) or (how == "product" and len(axes) == 1)
         # Where each index shows exactly one content, a rotated sequence, any map will do.
         rotated = all(
-            constant(a.lo) and same(np.subtract(a.hi, a.lo), np.subtract(first.period, 1)) for a in axes
+            constant(a.lo) and same(np.subtract(a.hi, a.lo), np.subtract(first.period, 1))  # type: ignore[arg-type]
+            for a in axes
         )  # type: ignore[arg-type]
         rotated = rotated and all(same(a.lo, first.lo) for a in axes)
         if not (linear or rotated):
@@ -492,6 +493,6 @@ def tidy_scale(value: Any) -> Any:
     return 1.0 if bool((np.abs(value - base) <= 1e-12 * np.abs(base)).all()) else value
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a uniform value is known as one finite or infinite number."""
     return isinstance(value, (bool, int, float))

@@ -15,9 +15,6 @@ from .mixers.window import drop_rows, ring_rows
 from .program import as_expr
 from .twin import widen
 
-Step = Callable[[Mapping[str, Tensor]], Sequence[Any]]
-
-
 class Lane:
     """Rows of a batch in lockstep, with everything kept of their past.
 
@@ -30,6 +27,7 @@ class Lane:
         self.position = 0
         self.broken = False
         self.owners = 1  # decoders that share this lane until one of them writes
+        self.run: Callable[[], Sequence[Any]] | None = None  # the compiled step on this lane's tensors
         program, step = derived.step.program, derived.step
         device = program.example.device
         with torch.inference_mode(False):
@@ -86,12 +84,12 @@ class Lane:
         self.tensors["position"].fill_(position)
         self.tensors["local"].fill_(position - self.block_start)
 
-    def step(self, row: Tensor, run: Step) -> Sequence[Any]:
-        """One new position from ``row`` [B, 1, …]; returns the outputs' rows."""
+    def step(self, row: Tensor, run: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+        """One new position from ``row`` [B, 1, …]; ``run`` computes the outputs' rows from the tensors."""
         self.broken = True
-        self.tensors["row"].copy_(row)
         with torch.no_grad():
-            outputs = run(self.tensors)
+            self.tensors["row"].copy_(row)
+            outputs = run()
         self.position += 1
         if self.conv is not None:
             self.conv.advance()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class CompiledStep:
         start = time.perf_counter()
         self.names = tuple(tensors)
         self.constant: list[Any] = []
-        self.places: list[int | None] = []
+        self.places: list[int] = []
 
         def flat(*args: Tensor) -> Sequence[Tensor]:
             outputs = step(dict(zip(self.names, args, strict=True)))
@@ -71,10 +71,15 @@ class CompiledStep:
         with torch.no_grad(), config.patch(_INDUCTOR):
             return compile_fx(self.graph_module, example)
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> list[Any]:
-        """Run one step on a lane's tensors."""
-        found = self.run(*[tensors[name] for name in self.names])
-        outputs = list(self.constant)
-        for place, value in zip(self.places, found, strict=True):
-            outputs[place] = value  # type: ignore[index]
-        return outputs
+    def on(self, tensors: Mapping[str, Tensor]) -> Callable[[], list[Any]]:
+        """The step on one lane's tensors, which it reads and writes in place."""
+        run, constant, places = self.run, self.constant, tuple(self.places)
+        args = [tensors[name] for name in self.names]
+
+        def step() -> list[Any]:
+            outputs = list(constant)
+            for place, value in zip(places, run(*args), strict=True):
+                outputs[place] = value
+            return outputs
+
+        return step

@@ -355,7 +355,7 @@ class _Walker:
         return [one(v) for v in value] if isinstance(value, (list, tuple)) else one(value)
 
     def _checked(self, node: fx.Node, result: Fact | list[Fact]) -> Fact | list[Fact]:
-        """The result, if its axes have the traced sizes; with the batch fact, and values where they decide."""
+        """The result, if its axes have the traced sizes, with the batch fact and what values decide."""
         value = node.meta["val"]
         if isinstance(result, list):
             return [
@@ -383,7 +383,8 @@ class _Walker:
 
     def _with_values(self, node: fx.Node, fact: Fact) -> Fact:
         """Input-independent tables that meet data are decided by value, at the longest length."""
-        if node in self.data or not any(u in self.data for u in node.users) or fact.fill is not None:
+        meets_data = any(u in self.program.input_dependent for u in node.users)
+        if node in self.data or not meets_data or fact.fill is not None:
             return fact
         moving = [d for d, dim in enumerate(fact.dims) if not all(a.fixed for a in dim)]
         if len(moving) < 2 or not fact.proved(self.length):

@@ -26,7 +26,7 @@ def add(a: Any, b: Any) -> Any:
 
 
 def aligned(fact: Fact, rank: int) -> Affine | None:
-    """A fact's affine form with coefficients for ``rank`` dimensions, aligned at the right; numbers are affine."""
+    """A fact's affine form over ``rank`` dimensions, aligned at the right; a number is affine too."""
     if fact.affine is not None:
         missing = rank - len(fact.affine.coefficients)
         return Affine((0,) * missing + fact.affine.coefficients, fact.affine.offset)
@@ -61,7 +61,10 @@ def bounds(affine: Affine, sizes: Sequence[Quantity], region: tuple[int, int, st
         if where == "above":
             span = np.subtract(sizes[k], 2)
             low, high = add(low, b), add(high, b)
-            terms += [(a + b, np.maximum(np.minimum(np.subtract(sizes[q], 1), span), 0)), (b, np.maximum(span, 0))]
+            terms += [
+                (a + b, np.maximum(np.minimum(np.subtract(sizes[q], 1), span), 0)),
+                (b, np.maximum(span, 0)),
+            ]
         elif where == "below":
             terms += [(a + b, np.maximum(top, 0)), (a, np.maximum(np.subtract(sizes[q], 1), 0))]
         else:
@@ -79,8 +82,12 @@ DECIDE: dict[str, Callable[[Any, Any], bool | None]] = {
     "le": lambda lo, hi: True if np.all(hi <= 0) else False if np.all(lo > 0) else None,
     "gt": lambda lo, hi: True if np.all(lo > 0) else False if np.all(hi <= 0) else None,
     "ge": lambda lo, hi: True if np.all(lo >= 0) else False if np.all(hi < 0) else None,
-    "eq": lambda lo, hi: True if np.all((lo == 0) & (hi == 0)) else False if np.all((hi < 0) | (lo > 0)) else None,
-    "ne": lambda lo, hi: False if np.all((lo == 0) & (hi == 0)) else True if np.all((hi < 0) | (lo > 0)) else None,
+    "eq": lambda lo, hi: (
+        True if np.all((lo == 0) & (hi == 0)) else False if np.all((hi < 0) | (lo > 0)) else None
+    ),
+    "ne": lambda lo, hi: (
+        False if np.all((lo == 0) & (hi == 0)) else True if np.all((hi < 0) | (lo > 0)) else None
+    ),
 }
 
 

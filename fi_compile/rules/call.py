@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fi_compile.facts import EVERYWHERE, Axis, Deny, Fact, Quantity, constant, fixed, same, settle, tidy
+from fi_compile.facts import Axis, Deny, Fact, Quantity, constant, fixed, same, settle, tidy
 from fi_compile.program import as_expr, is_integer, is_tensor, operator_name
 
 Result = Fact | list[Fact]
@@ -197,8 +197,6 @@ def need_fixed(fact: Fact, dim: int, doing: str) -> None:
 
 def mixed(dim: tuple[Axis, ...]) -> tuple[Axis, ...]:
     """A dimension whose elements were mixed: its batch rows are no longer independent."""
-    from dataclasses import replace
-
     return tuple(replace(a, batch=False) if a.batch else a for a in dim)
 
 
@@ -215,9 +213,3 @@ def is_one(dim: tuple[Axis, ...]) -> bool:
 def half_precision(dtype: torch.dtype) -> bool:
     """Whether integers beyond 2¹¹ are no longer exact in this type."""
     return dtype in (torch.float16, torch.bfloat16)
-
-
-__all__ = [
-    "EVERYWHERE", "RULES", "Call", "Context", "Result", "Rule", "half_precision", "is_one", "mixed", "need_fixed",
-    "one", "rule", "table_axis",
-]  # fmt: skip

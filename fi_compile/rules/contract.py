@@ -9,14 +9,19 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from fi_compile.facts import JUNK, Axis, Deny, Dim, Fact, Quantity, Triangle, is_number, least, same, tidy, tidy_scale
-from .call import Call, is_one, mixed, one, rule
-from .pointwise import unite_dims, varies
+from fi_compile.facts import JUNK, Deny, Fact, Quantity, Triangle, is_number, least, tidy_scale
+
+from .call import Call, is_one, one, rule
+from .pointwise import broadcast, unite_dims, varies
 from .triangles import VERY_LOW
 
 
 def contracted(
-    c: Call, nodes: Sequence[fx.Node], facts: Sequence[Fact], letters: Sequence[Sequence[str]], out: Sequence[str]
+    c: Call,
+    nodes: Sequence[fx.Node],
+    facts: Sequence[Fact],
+    letters: Sequence[Sequence[str]],
+    out: Sequence[str],
 ) -> Fact:
     """Σ over the letters not in ``out`` of the product of all operands."""
     for fact in facts:
@@ -38,7 +43,7 @@ def contracted(
             continue
         if any(a.freq or a.period is not None for dim in wide for a in dim):
             raise Deny("spectrum", "sums over the frequencies of a spectrum")
-        query = _reached(name, out, bound)
+        query = next((q for q in sorted(_queries(name, bound)) if q in out), None)
         if query is None:
             raise Deny(
                 "non_causal",
@@ -52,7 +57,7 @@ def contracted(
             limits[query] = least(limits.get(query, axis.valid), axis.valid)
         c.conditions.append(f"entries with {name} > {query} are exactly 0")
     for fact in facts:
-        if fact.junk and not any(t.above is not JUNK and t.above == 0 for t in fact.triangles):
+        if fact.junk:
             raise Deny("unproved", "uses entries that are certified only below a diagonal")
     for name, limit in limits.items():
         axis = one(dims[name])
@@ -62,7 +67,7 @@ def contracted(
         scale = np.multiply(scale, fact.scale)
     contracted_letters = [n for n in where if n not in out]
     _note(c, nodes, facts, letters, contracted_letters, out)
-    return Fact(tuple(dims[n] for n in out), tidy_scale(scale), _triangles(facts, letters, out))
+    return Fact(tuple(dims[n] for n in out), tidy_scale(scale), _triangles(bound, out))
 
 
 def _bounds(facts: Sequence[Fact], letters: Sequence[Sequence[str]]) -> dict[str, set[str]]:
@@ -75,26 +80,23 @@ def _bounds(facts: Sequence[Fact], letters: Sequence[Sequence[str]]) -> dict[str
     return bound
 
 
-def _reached(name: str, out: Sequence[str], bound: dict[str, set[str]]) -> str | None:
+def _queries(name: str, bound: dict[str, set[str]]) -> set[str]:
+    """All letters that bound a key letter, directly or through others."""
     seen, todo = {name}, [name]
     while todo:
-        for query in bound.get(todo.pop(), ()):
-            if query in out:
-                return query
-            if query not in seen:
-                seen.add(query)
-                todo.append(query)
-    return None
+        for query in bound.get(todo.pop(), set()) - seen:
+            seen.add(query)
+            todo.append(query)
+    return seen - {name}
 
 
-def _triangles(facts: Sequence[Fact], letters: Sequence[Sequence[str]], out: Sequence[str]) -> tuple[Triangle, ...]:
-    found = {}
-    for fact, names in zip(facts, letters, strict=True):
-        for t in fact.triangles:
-            if names[t.query] in out and names[t.key] in out and t.above is not JUNK and t.above == 0:
-                pair = (list(out).index(names[t.query]), list(out).index(names[t.key]))
-                found[pair] = Triangle(*pair, 0, None)
-    return tuple(found.values())
+def _triangles(bound: dict[str, set[str]], out: Sequence[str]) -> tuple[Triangle, ...]:
+    return tuple(
+        Triangle(list(out).index(query), k, 0)
+        for k, key in enumerate(out)
+        for query in sorted(_queries(key, bound))
+        if query in out
+    )
 
 
 def _note(
@@ -134,7 +136,9 @@ def einsum(c: Call) -> Fact:
     rank = max([sum(x.startswith(".") for x in names) for names in letters])
     if not arrow:
         flat = [x for names in letters for x in names]
-        right = "..." * ("..." in left) + "".join(sorted(x for x in set(flat) if flat.count(x) == 1 and len(x) == 1))
+        right = "..." * ("..." in left) + "".join(
+            sorted(x for x in set(flat) if flat.count(x) == 1 and len(x) == 1)
+        )
     out = _spread(right, rank + len(right.replace("...", "")) if "..." in right else len(right))
     for names in letters:
         if len(set(names)) < len(names):
@@ -192,16 +196,15 @@ def linear(c: Call) -> Fact:
             raise Deny("length_as_value", "adds a bias to a value that carries a factor of the length")
         rank = len(fact.dims)
         added = c.fact(bias)
+        missing = rank - len(added.dims)
         dims = [
-            unite_dims([fact.dims[i], *([added.dims[i - rank + len(added.dims)]] if i - rank + len(added.dims) >= 0 else [])],
-                       "linear", i - rank + len(added.dims) < 0)
-            for i in range(rank)
-        ]  # fmt: skip
+            unite_dims([dim, added.dims[i - missing]], "linear", False)
+            if i >= missing
+            else unite_dims([dim], "linear", True)
+            for i, dim in enumerate(fact.dims)
+        ]
         c.affine_groups += [frozenset([n]) for n in (x, w) if c.linear]
         c.linear = [frozenset([bias, n]) for n in (x, w)]
-        c.invariant = [g for g in c.invariant if g != frozenset([x])] + (
-            [frozenset([x])] if frozenset([x]) in c.invariant and c.context.is_data(x) and False else []
-        )
         return Fact(tuple(dims))
     return fact
 
@@ -233,14 +236,10 @@ def attention(c: Call) -> Fact:
     if c.arg("enable_gqa"):
         heads = [h[:-1] for h in heads]
     if mask is not None:
-        from .pointwise import broadcast
-
         outer = mask.dims[:-2] if not c.arg("enable_gqa") else mask.dims[:-3]
         broadcast([Fact(outer), Fact(heads[0])], "any")
     rank = max(len(h) for h in heads)
-    from .pointwise import broadcast as join
-
-    dims = join([Fact(h) for h in heads], "any") if rank else ()
+    dims = broadcast([Fact(h) for h in heads], "any") if rank else ()
     if c.arg("enable_gqa"):
         dims = (*dims, q.dims[-3])
     if keys.fixed and values.fixed and mask is None and not c.arg("is_causal"):
@@ -251,10 +250,18 @@ def attention(c: Call) -> Fact:
     valid = least(queries.valid, keys.valid, values.valid)
     if not c.arg("is_causal"):
         if mask is None:
-            raise Deny("non_causal", "attention without a mask: every position sees later ones", "pass is_causal=True")
+            raise Deny(
+                "non_causal",
+                "attention without a mask: every position sees later ones",
+                "pass is_causal=True",
+            )
         known = [t for t in mask.triangles if (t.query, t.key) == (len(mask.dims) - 2, len(mask.dims) - 1)]
         if not known or not masked(known[0]):
-            raise Deny("non_causal", "the attention mask is not certified to hide every later position", "use is_causal")
+            raise Deny(
+                "non_causal",
+                "the attention mask is not certified to hide every later position",
+                "use is_causal",
+            )
         rows, columns = one(mask.dims[-2]), one(mask.dims[-1])
         if not (rows.plain and columns.plain):
             raise Deny("misaligned", "an attention mask whose rows are shifted")
@@ -266,22 +273,9 @@ def attention(c: Call) -> Fact:
 def masked(triangle: Triangle) -> bool:
     """Whether a softmax gives entries above the diagonal exactly no weight."""
     above, diagonal = triangle.above, triangle.diagonal
-    if above is JUNK or above is None:
+    if above is JUNK or above is None or diagonal is JUNK:
         return False
     if isinstance(above, bool):
-        return above is False
-    if above == float("-inf"):
-        return True
-    open_diagonal = diagonal is None or (diagonal is not JUNK and diagonal > 0.1 * VERY_LOW)
-    return above <= VERY_LOW and open_diagonal
-
-
-def total(dim: Dim) -> Quantity:
-    """The size of a dimension."""
-    size: Quantity = 1
-    for axis in dim:
-        size = tidy(np.multiply(size, axis.size))
-    return size
-
-
-__all__ = ["Axis", "contracted", "masked", "mixed", "same", "total"]
+        return above is False and diagonal is not False
+    # A row that is masked as a whole would spread over all positions: its diagonal must be open.
+    return above <= VERY_LOW and (diagonal is None or diagonal > 0.1 * VERY_LOW)

@@ -7,7 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from fi_compile.facts import Axis, Deny, Dim, Fact, Quantity, clip, convolved, filled, fixed, negated, settle, tidy, tidy_scale
+from fi_compile.facts import (
+    Axis,
+    Deny,
+    Dim,
+    Fact,
+    Quantity,
+    clip,
+    convolved,
+    filled,
+    fixed,
+    negated,
+    settle,
+    tidy,
+    tidy_scale,
+)
+
 from .call import Call, need_fixed, one, rule
 
 

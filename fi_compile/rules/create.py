@@ -1,4 +1,4 @@
-"""Tensors made from sizes: positions, constants. A length as a *value* is a factor to be cancelled, or refused."""
+"""Tensors made from sizes: positions, constants. A length as a *value* is a factor to cancel, or refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from fi_compile.facts import EVERYWHERE, Affine, Axis, Deny, Fact, constant, fixed, settle, tidy_scale
+
 from .call import Call, half_precision, rule, table_axis
 from .pointwise import counted
 
@@ -87,7 +88,9 @@ def fill(c: Call) -> Fact:
     value = c.arg("value")
     if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor):
         source = c.fact(value)
-        return Fact(uniform(c, source.fill if source.fill is not None else 1).dims, source.scale, fill=source.fill)
+        return Fact(
+            uniform(c, source.fill if source.fill is not None else 1).dims, source.scale, fill=source.fill
+        )
     return uniform(c, value)
 
 
@@ -127,4 +130,3 @@ def linspace(c: Call) -> Fact:
             "spread over a fixed maximum length once, and slice the first L points",
         )
     return Fact(((fixed(c.out[0]),),))
-

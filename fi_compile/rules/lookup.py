@@ -7,11 +7,25 @@ from dataclasses import replace
 import numpy as np
 from torch import fx
 
-from fi_compile.facts import JUNK, Axis, Deny, Dim, Fact, Triangle, constant, cut, fixed, flipped, is_number, least, same, tidy
+from fi_compile.facts import (
+    JUNK,
+    Axis,
+    Deny,
+    Dim,
+    Fact,
+    Triangle,
+    constant,
+    cut,
+    fixed,
+    flipped,
+    least,
+    same,
+    tidy,
+)
+
 from . import affine as index
 from .call import Call, mixed, one, rule
 from .pointwise import unite_dims, value_bounds
-from .triangles import VERY_LOW  # noqa: F401
 
 
 @rule("embedding")
@@ -41,8 +55,6 @@ def looked_up(c: Call, table: Fact, dim: int, where: Fact) -> Fact:
 def indexed(c: Call, table: Fact, dim: int, where: Fact) -> tuple[tuple[Dim, ...], tuple[Triangle, ...]]:
     """The axes that ``index`` puts in the place of one axis of ``table``, and where nothing is claimed."""
     axis = one(table.dims[dim])
-    if where.newest != table.newest and not table.fixed:
-        raise Deny("unproved", "combines the newest row with whole sequences")
     if where.scaled or where.junk:
         raise Deny("length_as_value", "an index that follows the length")
     form = where.affine
@@ -61,8 +73,8 @@ def indexed(c: Call, table: Fact, dim: int, where: Fact) -> tuple[tuple[Dim, ...
         )
     low, high = low_high
     if np.all(low >= 0) and np.all(high < axis.valid):
-        if all(constant(a.size) for a in where.axes) or _causal_region(c, where, axis):
-            return tuple(where.dims), ()
+        # Within any corner [0, r) of the index its values stay below r's certified content.
+        return tuple(where.dims), ()
     if form is None:
         raise Deny("data_dependent", "reads positions by an index that may reach uncertified ones")
     sizes = [one(d).size for d in where.dims]
@@ -74,12 +86,9 @@ def indexed(c: Call, table: Fact, dim: int, where: Fact) -> tuple[tuple[Dim, ...
             low, high = index.bounds(form, sizes, (q, k, "below"))
             if np.all(low >= 0) and np.all(high < np.minimum(axis.valid, axis.size)):
                 return tuple(where.dims), (Triangle(q, k, JUNK, None),)
-    raise Deny("wraps", "a negative index reads from the end of the sequence, and no mask hides what it reads")
-
-
-def _causal_region(c: Call, where: Fact, axis: Axis) -> bool:
-    """Whether within any corner [0, r)² of the index its values stay below r: the table's content is certified there."""
-    return all(a.prefix for a in where.axes)
+    raise Deny(
+        "wraps", "a negative index reads from the end of the sequence, and no mask hides what it reads"
+    )
 
 
 def _sliced(axis: Axis, where: Fact, step: int) -> Axis:
@@ -92,7 +101,9 @@ def _sliced(axis: Axis, where: Fact, step: int) -> Axis:
     start = offset if step == 1 else tidy(np.add(np.subtract(offset, size), 1))
     stop = tidy(np.add(start, size))
     if not (np.all(np.asarray(start) >= 0) and np.all(np.asarray(stop) <= np.asarray(axis.size))):
-        raise Deny("wraps", "index arithmetic leaves the range of the table: a negative index reads from the end")
+        raise Deny(
+            "wraps", "index arithmetic leaves the range of the table: a negative index reads from the end"
+        )
     piece = cut(axis, start, stop)
     return flipped(piece) if step == -1 else piece
 
@@ -105,7 +116,9 @@ def advanced_index(c: Call) -> Fact:
     places = [i for i, n in enumerate(indices) if isinstance(n, fx.Node)]
     wheres = [c.fact(indices[i]) for i in places]
     if any(n.meta["val"].dtype.__str__() == "torch.bool" for n in indices if isinstance(n, fx.Node)):
-        raise Deny("data_dependent", "boolean indexing: the size of the result depends on data", "use torch.where")
+        raise Deny(
+            "data_dependent", "boolean indexing: the size of the result depends on data", "use torch.where"
+        )
     if len(places) == 1:
         c.note_linear([c.arg("self")], invariant=False)
         return looked_up(c, fact, places[0], wheres[0])
@@ -115,7 +128,7 @@ def advanced_index(c: Call) -> Fact:
         shown = [w.dims[i - rank + len(w.dims)] for w in wheres if i - rank + len(w.dims) >= 0]
         dims.append(unite_dims(shown, "any", len(shown) < len(wheres)))
     triangles: tuple[Triangle, ...] = ()
-    for i, w in zip(places, wheres, strict=True):
+    for i in places:
         if all(a.fixed and not a.batch for a in fact.dims[i]):
             continue
         raise Deny("unproved", "reads positions through several index tensors at once")
@@ -143,8 +156,10 @@ def gather(c: Call) -> Fact:
         axis, wanted = one(fact.dims[i]), one(where.dims[i])
         if not (axis.plain and wanted.plain):
             raise Deny("misaligned", "gathers from values whose rows are not aligned with the index")
-        others.append(unite_dims([fact.dims[i], where.dims[i]], "any", False) if same(axis.size, wanted.size)
-                      else (replace(wanted, valid=least(axis.valid, wanted.valid), batch=False),))  # fmt: skip
+        if same(axis.size, wanted.size):
+            others.append(unite_dims([fact.dims[i], where.dims[i]], "any", False))
+        else:
+            others.append((replace(wanted, valid=least(axis.valid, wanted.valid), batch=False),))
     if all(a.fixed for a in fact.dims[dim]):
         c.row_local = True
         others[dim] = mixed(others[dim])
@@ -162,6 +177,3 @@ def one_hot(c: Call) -> Fact:
         raise Deny("data_dependent", "one_hot without num_classes: its width depends on data")
     c.row_local = True
     return Fact((*c.fact("self").dims, (fixed(c.out[-1]),)))
-
-
-__all__ = ["Axis", "is_number"]

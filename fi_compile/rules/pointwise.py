@@ -28,24 +28,35 @@ from fi_compile.facts import (
     united,
 )
 from fi_compile.program import is_integer
+
 from . import affine as index
 from .call import Call, half_precision, is_one, rule
 from .triangles import combined, evaluated
 
-# name: (how the result's zeros follow, linear in)
-UNARY_LINEAR = """neg clone contiguous alias detach detach_ lift_fresh_copy lift_fresh real view_as_real
- positive _to_copy to _unsafe_view_copy dropout feature_dropout alpha_dropout native_dropout_eval""".split()
-UNARY_ZERO = """abs relu gelu silu tanh sin sinh asin asinh atan atanh tan erf sqrt square sgn sign round floor
- ceil trunc frac expm1 log1p leaky_relu elu celu selu mish hardtanh relu6 hardswish softshrink hardshrink
- tanhshrink softsign nan_to_num imag angle deg2rad rad2deg prelu""".split()
-UNARY_ANY = """exp exp2 log log2 log10 cos cosh acos acosh sigmoid log_sigmoid softplus hardsigmoid rsqrt
- reciprocal erfc erfinv lgamma digamma logical_not bitwise_not isnan isinf isfinite threshold logit
- special_expit signbit sinc special_entr special_erf special_log1p special_expm1 polar complex
- eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__
- pow float_power maximum minimum fmax fmin clamp clamp_min clamp_max atan2 remainder fmod floor_divide
- bitwise_left_shift bitwise_right_shift __lshift__ __rshift__ where masked_fill lerp addcmul addcdiv hypot
- xlogy logaddexp logaddexp2 heaviside ldexp copysign isclose square_""".split()
-SAME_ZERO_BINARY = "maximum minimum fmax fmin where".split()
+# f linear; f(0) = 0; any f of any number of operands.
+UNARY_LINEAR = (
+    "neg", "clone", "contiguous", "alias", "detach", "detach_", "lift_fresh_copy", "lift_fresh", "real",
+    "view_as_real", "positive", "_to_copy", "to", "_unsafe_view_copy", "dropout", "feature_dropout",
+    "alpha_dropout", "native_dropout_eval",
+)  # fmt: skip
+UNARY_ZERO = (
+    "abs", "relu", "gelu", "silu", "tanh", "sin", "sinh", "asin", "asinh", "atan", "atanh", "tan", "erf",
+    "sqrt", "square", "sgn", "sign", "round", "floor", "ceil", "trunc", "frac", "expm1", "log1p",
+    "leaky_relu", "elu", "celu", "selu", "mish", "hardtanh", "relu6", "hardswish", "softshrink",
+    "hardshrink", "tanhshrink", "softsign", "nan_to_num", "imag", "angle", "deg2rad", "rad2deg", "prelu",
+)  # fmt: skip
+UNARY_ANY = (
+    "exp", "exp2", "log", "log2", "log10", "cos", "cosh", "acos", "acosh", "sigmoid", "log_sigmoid",
+    "softplus", "hardsigmoid", "rsqrt", "reciprocal", "erfc", "erfinv", "lgamma", "digamma", "logical_not",
+    "bitwise_not", "isnan", "isinf", "isfinite", "threshold", "logit", "special_expit", "signbit", "sinc",
+    "special_entr", "special_erf", "special_log1p", "special_expm1", "polar", "complex", "eq", "ne", "lt",
+    "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or",
+    "bitwise_xor", "__and__", "__or__", "__xor__", "pow", "float_power", "maximum", "minimum", "fmax",
+    "fmin", "clamp", "clamp_min", "clamp_max", "atan2", "remainder", "fmod", "floor_divide",
+    "bitwise_left_shift", "bitwise_right_shift", "__lshift__", "__rshift__", "where", "masked_fill", "lerp",
+    "addcmul", "addcdiv", "hypot", "xlogy", "logaddexp", "logaddexp2", "heaviside", "ldexp", "copysign",
+    "isclose", "square_",
+)  # fmt: skip
 
 
 def unite_dims(dims: Sequence[Dim], how: str, partial: bool, out: Quantity | None = None) -> Dim:
@@ -107,7 +118,11 @@ def finish(c: Call, dims: tuple[Dim, ...], scale: Any = 1.0, affine: Affine | No
     facts = {n: c.fact(n) for n in c.tensors()}
     triangles = combined(c, len(dims))
     fill = None
-    if facts and all(is_number(f.fill) for f in facts.values()) and not any(map(is_integer, c.node.all_input_nodes)):
+    if (
+        facts
+        and all(is_number(f.fill) for f in facts.values())
+        and not any(map(is_integer, c.node.all_input_nodes))
+    ):
         fill = evaluated(c, {n: f.fill for n, f in facts.items()})
     complex_operand = any(c.is_complex(n) and not any(a.freq for a in f.axes) for n, f in facts.items())
     complex_number = any(isinstance(a, complex) for a in c.arguments.values())
@@ -126,9 +141,9 @@ def linear_unary(c: Call) -> Fact:
     source, target = node.meta["val"].dtype, c.node.meta["val"].dtype
     linear = (target.is_floating_point or target.is_complex) or target == source
     spectrum = any(a.freq for a in fact.axes)
-    if spectrum and (c.name == "real" or (source.is_complex and not target.is_complex)):
-        if not all(a.fixed for a in fact.axes if a.freq):
-            raise Deny("spectrum", "takes the real part of a spectrum", "take it after the inverse transform")
+    halved = c.name == "real" or (source.is_complex and not target.is_complex)
+    if halved and not all(a.fixed for a in fact.axes if a.freq):
+        raise Deny("spectrum", "takes the real part of a spectrum", "take it after the inverse transform")
     if not linear and fact.scaled:
         raise Deny("length_as_value", "rounds a value that carries a factor of the length")
     dims = broadcast([fact], "linear" if linear else "zero")
@@ -136,7 +151,7 @@ def linear_unary(c: Call) -> Fact:
         dims = tuple(tuple(fixed(a.size, a.batch) if a.freq else a for a in d) for d in dims)
     if c.name == "view_as_real":
         dims = (*dims, (fixed(2),))
-        if spectrum:
+        if spectrum or fact.junk:
             raise Deny("spectrum", "splits a spectrum into real and imaginary part")
         c.note_linear([node])
         c.row_local = True
@@ -149,7 +164,9 @@ def linear_unary(c: Call) -> Fact:
     elif c.name in ("real",) or half_precision(target) or target == torch.bool:
         form = None
     result = finish(c, dims, fact.scale, form)
-    return Fact(dims, fact.scale, result.triangles, affine=form, fill=result.fill, bounds=_bounds(fact, target))
+    return Fact(
+        dims, fact.scale, result.triangles, affine=form, fill=result.fill, bounds=_bounds(fact, target)
+    )
 
 
 def _bounds(fact: Fact, dtype: torch.dtype) -> Any:
@@ -197,7 +214,14 @@ def zero_preserving(c: Call) -> Fact:
     return result
 
 
-@rule(*(n for n in UNARY_ANY if n not in ("where", "masked_fill", *index.DECIDE, "clamp", "clamp_min", "clamp_max")), junk=True)
+@rule(
+    *(
+        n
+        for n in UNARY_ANY
+        if n not in ("where", "masked_fill", *index.DECIDE, "clamp", "clamp_min", "clamp_max")
+    ),
+    junk=True,
+)
 def any_map(c: Call) -> Fact:
     """Any elementwise map."""
     return elementwise(c, "any")
@@ -245,7 +269,9 @@ def clamp(c: Call) -> Fact:
         least, most = np.maximum(least, int(low)), np.maximum(most, int(low))
     if high is not None:
         least, most = np.minimum(least, int(high)), np.minimum(most, int(high))
-    return Fact(result.dims, triangles=result.triangles, bounds=(tidy(np.asarray(least)), tidy(np.asarray(most))))
+    return Fact(
+        result.dims, triangles=result.triangles, bounds=(tidy(np.asarray(least)), tidy(np.asarray(most)))
+    )
 
 
 def value_bounds(fact: Fact) -> tuple[Any, Any] | None:
@@ -265,7 +291,7 @@ def where(c: Call) -> Fact:
     nodes = [n for n in (c.arg("self"), c.arg("other")) if isinstance(n, fx.Node)]
     facts = [c.fact(n) for n in c.tensors()]
     branches = [c.fact(n) for n in nodes]
-    scale = branches[0].scale if branches else 1.0
+    scale: Any = branches[0].scale if branches else 1.0
     if any(f.scaled for f in facts):
         if c.fact("condition").scaled or not all(same(f.scale, scale) or f.fill == 0 for f in branches):
             raise Deny("length_as_value", "selects between values with different factors of the length")
@@ -306,16 +332,22 @@ def add(c: Call) -> Fact:
     if isinstance(length, fx.Node):
         value = c.scalar(length)
         if isinstance(value, np.ndarray):
-            return _shifted_by_length(c, facts[0], value, first if length is c.arg("other") else second, length)
-        number = not value == 0
+            return _shifted_by_length(
+                c, facts[0], value, first if length is c.arg("other") else second, length
+            )
+        number = value != 0
     else:
         number = any(is_number(c.arg(k)) and c.arg(k) != 0 for k in ("self", "other"))
     scale = next((f.scale for f in facts if f.scaled), 1.0)
-    if isinstance(scale, np.ndarray) and (number or not all(same(f.scale, scale) or f.fill == 0 for f in facts)):
+    if isinstance(scale, np.ndarray) and (
+        number or not all(same(f.scale, scale) or f.fill == 0 for f in facts)
+    ):
         raise Deny("length_as_value", "adds values that carry different factors of the length")
     facts_in = [f for f in facts if f.fill != 0] or facts[:1]
     partial = number or any(0 < len(f.dims) < rank for f in facts_in)
-    dims = broadcast(facts, "linear", partial) if len(facts_in) == len(facts) else _beside_zero(facts, facts_in)
+    dims = (
+        broadcast(facts, "linear", partial) if len(facts_in) == len(facts) else _beside_zero(facts, facts_in)
+    )
     c.note_linear(nodes)
     if number:
         c.linear.clear()
@@ -333,9 +365,12 @@ def _beside_zero(facts: list[Fact], moving: list[Fact]) -> tuple[Dim, ...]:
     try:
         dims = broadcast(moving, "linear")
         full = broadcast(facts, "any")
-        return dims if len(dims) == len(full) and all(
-            same(_total(a), _total(b)) for a, b in zip(dims, full, strict=True)
-        ) else full
+        return (
+            dims
+            if len(dims) == len(full)
+            and all(same(_total(a), _total(b)) for a, b in zip(dims, full, strict=True))
+            else full
+        )
     except Deny:
         return broadcast(facts, "any")
 
@@ -349,12 +384,16 @@ def _shifted_by_length(c: Call, fact: Fact, value: np.ndarray, sign: float, leng
         value = -value
     follows = [i for i, d in enumerate(fact.dims) if not all(a.fixed for a in d)]
     if form is None or len(follows) != 1 or len(fact.dims[follows[0]]) != 1:
-        raise Deny("length_as_value", "adds the sequence length to a value", "values may not follow the length")
+        raise Deny(
+            "length_as_value", "adds the sequence length to a value", "values may not follow the length"
+        )
     (dim,) = follows
     coefficient = form.coefficients[dim] * sign
     others = [x for i, x in enumerate(form.coefficients) if i != dim]
     if coefficient not in (1, -1) or any(others) or not isinstance(form.offset, (int, float)):
-        raise Deny("length_as_value", "adds the sequence length to a value", "values may not follow the length")
+        raise Deny(
+            "length_as_value", "adds the sequence length to a value", "values may not follow the length"
+        )
     offset = tidy((value + sign * form.offset).astype(np.int64))
     axis = counted(fact.dims[dim][0].size, int(coefficient), offset)
     c.row_local = False
@@ -378,7 +417,9 @@ def mul(c: Call) -> Fact:
     """A product: of spectra a convolution, of values elementwise; a length becomes a scale."""
     nodes = c.tensors()
     facts = [c.fact(n) for n in nodes]
-    if len(nodes) == 1 and all(isinstance(c.arg(k), fx.Node) and not is_integer(c.arg(k)) for k in ("self", "other")):
+    if len(nodes) == 1 and all(
+        isinstance(c.arg(k), fx.Node) and not is_integer(c.arg(k)) for k in ("self", "other")
+    ):
         facts = facts * 2  # x * x
     scale: Any = 1.0
     factor = 1.0
@@ -418,7 +459,7 @@ def div(c: Call) -> Fact:
         if any(a.freq and not a.fixed for a in below.axes):
             raise Deny(
                 "spectrum",
-                "divides by a spectrum: an infinite response whose tail wraps around differently at every length",
+                "divides by a spectrum: an infinite response that wraps around differently at every length",
                 "compute the kernel at a fixed transform length and cut it to L taps",
             )
         scale = np.divide(scale, below.scale)

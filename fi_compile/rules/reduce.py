@@ -8,6 +8,7 @@ import numpy as np
 from torch import fx
 
 from fi_compile.facts import Deny, Dim, Fact, constant, filled, fixed, is_number, least, settle
+
 from .call import Call, Result, mixed, need_fixed, one, rule
 from .contract import masked
 from .pointwise import unite_dims
@@ -63,7 +64,8 @@ def sums(c: Call) -> Fact:
 
 
 @rule("amax", "amin", "max", "min", "argmax", "argmin", "prod", "var", "std", "var_mean", "std_mean", "norm",
-      "linalg_vector_norm", "any", "all", "median", "aminmax", "mode", "count_nonzero", "nansum", "frobenius_norm")  # fmt: skip
+      "linalg_vector_norm", "any", "all", "median", "aminmax", "mode", "count_nonzero", "nansum",
+      "frobenius_norm")  # fmt: skip
 def reductions(c: Call) -> Result:
     """Over features only."""
     if c.name in ("max", "min") and isinstance(c.arg("other"), fx.Node):
@@ -104,7 +106,9 @@ def softmax(c: Call) -> Fact:
         known = [t for t in fact.triangles if t.key == dim and masked(t) and not isinstance(t.above, bool)]
         if len(dims) != 1 or not known or c.name == "softmin":
             if any(t.query == dim for t in fact.triangles if masked(t)):
-                raise Deny("non_causal", "a softmax over queries: every row sees later ones", "normalise over keys")
+                raise Deny(
+                    "non_causal", "a softmax over queries: every row sees later ones", "normalise over keys"
+                )
             need_fixed(fact, dim, "a softmax whose later entries are not certified to be -inf")
         t = known[0]
         axis, query = one(shown[dim]), one(shown[t.query])

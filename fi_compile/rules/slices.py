@@ -1,4 +1,4 @@
-"""Windows and shifts along a dimension: slice, select, narrow, pad, cat, flip, roll, split, scatter of a slice."""
+"""Windows and shifts along a dimension: slice, select, pad, cat, flip, roll, split, scatter of a slice."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fi_compile.facts import (
+    JUNK,
     Axis,
     Deny,
     Fact,
@@ -25,12 +26,15 @@ from fi_compile.facts import (
     settle,
     tidy,
 )
+
 from .call import Call, mixed, one, rule, table_axis
 
 
 def replaced(fact: Fact, dim: int, axes: tuple[Axis, ...]) -> Fact:
     """The fact with one dimension changed; only the scale and a uniform value survive."""
-    return Fact((*fact.dims[:dim], axes, *fact.dims[dim + 1 :]), fact.scale, fill=fact.fill, bounds=fact.bounds)
+    return Fact(
+        (*fact.dims[:dim], axes, *fact.dims[dim + 1 :]), fact.scale, fill=fact.fill, bounds=fact.bounds
+    )
 
 
 def bounded(c: Call, value: object, size: Quantity, default: Quantity) -> Quantity:
@@ -51,17 +55,17 @@ def window(c: Call, fact: Fact, dim: int, start: Quantity, stop: Quantity) -> Fa
     axis = fact.dims[dim][0]
     length = c.context.length
     single = same(np.subtract(stop, start), 1)
-    if single and not constant(start) and same(start, np.subtract(length, 1)):
-        if axis.plain and bool(np.all(axis.valid >= length)):
-            out = replaced(fact, dim, (fixed(1),))
-            if not all(a.fixed for a in out.axes) or fact.junk or fact.scaled:
-                raise Deny("unproved", "takes the newest row of a value that has other uncertified dimensions")
-            return Fact(out.dims, fill=fact.fill, newest=True)
+    newest = single and not constant(start) and same(start, np.subtract(length, 1))
+    if newest and axis.plain and bool(np.all(axis.valid >= length)):
+        out = replaced(fact, dim, (fixed(1),))
+        if not all(a.fixed for a in out.axes) or fact.junk or fact.scaled:
+            raise Deny("unproved", "takes the newest row of a value that has other uncertified dimensions")
+        return Fact(out.dims, fill=fact.fill, newest=True)
     result = replaced(fact, dim, (cut(axis, start, stop),))
     others = tuple(t for t in fact.triangles if dim not in (t.query, t.key))
     if same(start, 0):
         others = fact.triangles
-    if fact.junk and not any(t in others for t in fact.triangles if t.above is not None):
+    if any(t.above is JUNK and t not in others for t in fact.triangles):
         raise Deny("unproved", "moves entries that are certified only below a diagonal")
     affine = fact.affine
     if affine is not None and not same(start, 0):
@@ -91,7 +95,11 @@ def slice_(c: Call) -> Fact:
     if step != 1:
         axis = one(fact.dims[dim])
         if not axis.fixed or not (constant(start) and constant(stop)) or fact.junk:
-            raise Deny("stride", "takes every k-th position", "a strided view of positions has no incremental form here")
+            raise Deny(
+                "stride",
+                "takes every k-th position",
+                "a strided view of positions has no incremental form here",
+            )
         return replaced(fact, dim, (fixed(c.out[dim]),))
     result = window(c, fact, dim, start, stop)
     c.row_local = same(start, 0)
@@ -119,7 +127,11 @@ def select(c: Call) -> Fact:
     index = tidy(np.where(np.less(index, 0), np.add(index, size), index))
     result = window(c, fact, dim, index, tidy(np.add(index, 1)))
     if not result.newest and not result.dims[dim][0].fixed:
-        raise Deny("moving", "takes one position whose content follows the length", "only the first or the newest row can be taken")
+        raise Deny(
+            "moving",
+            "takes one position whose content follows the length",
+            "only the first or the newest row can be taken",
+        )
     c.note_linear([c.arg("self")])
     c.row_local = fact.dims[dim][0].fixed
     dims = (*result.dims[:dim], *result.dims[dim + 1 :])
@@ -130,9 +142,9 @@ def select(c: Call) -> Fact:
 def pad(c: Call) -> Fact:
     """Zeros (or a constant) at the ends of the last dimensions."""
     fact = c.fact("self")
-    if c.arg("mode") not in (None, "constant"):
-        if any(not fact.dims[-1 - i][0].fixed for i in range(len(c.arg("pad")) // 2)):
-            raise Deny("unproved", f"padding mode {c.arg('mode')!r}", "pad with zeros on the left")
+    mirrored = c.arg("mode") not in (None, "constant")
+    if mirrored and any(not one(fact.dims[-1 - i]).fixed for i in range(len(c.arg("pad")) // 2)):
+        raise Deny("unproved", f"padding mode {c.arg('mode')!r}", "pad with zeros on the left")
     amounts = c.qs("pad")
     value = c.number("value") or 0
     dims = list(fact.dims)
@@ -206,7 +218,11 @@ def cat(c: Call) -> Fact:
     """Concatenation: along features, or of pieces along positions."""
     nodes = [n for n in c.arg("tensors") if c.node is not n]
     facts = [c.fact(n) for n in nodes]
-    kept = [(n, f) for n, f in zip(nodes, facts, strict=True) if not (len(f.dims) == 1 and same(f.axes[0].size, 0))]
+    kept = [
+        (n, f)
+        for n, f in zip(nodes, facts, strict=True)
+        if not (len(f.dims) == 1 and same(f.axes[0].size, 0))
+    ]
     nodes, facts = [n for n, _ in kept], [f for _, f in kept]
     dim = c.dim(c.number("dim", 0), len(facts[0].dims))
     if any(f.scaled for f in facts) and not all(same(f.scale, facts[0].scale) for f in facts):
@@ -269,7 +285,17 @@ def roll(c: Call) -> Fact:
     return Fact(tuple(dims), fact.scale, fill=fact.fill)
 
 
-@rule("split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk", scales=True, junk=True)
+@rule(
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unbind",
+    "tensor_split",
+    "unsafe_split",
+    "unsafe_chunk",
+    scales=True,
+    junk=True,
+)
 def split(c: Call) -> list[Fact]:
     """Pieces along a dimension: slices one after another."""
     fact = c.fact("self")
@@ -288,6 +314,8 @@ def split(c: Call) -> list[Fact]:
         if c.name == "unbind":
             if not piece.newest and not piece.dims[dim][0].fixed:
                 raise Deny("moving", "unbinds the positions")
+            if fact.junk:
+                raise Deny("unproved", "unbinds entries that are certified only below a diagonal")
             piece = Fact((*piece.dims[:dim], *piece.dims[dim + 1 :]), piece.scale, newest=piece.newest)
         pieces.append(piece)
         start = stop
@@ -327,7 +355,9 @@ def scatter(c: Call) -> Fact:
         if i == dim:
             dims.append((joined_axes([p for p in parts if p is not None]),))
         else:
-            dims.append(source.dims[i] if whole else unite_dims([fact.dims[i], source.dims[i]], "linear", False))
+            dims.append(
+                source.dims[i] if whole else unite_dims([fact.dims[i], source.dims[i]], "linear", False)
+            )
     c.note_linear([c.arg("self"), c.arg("src")], *([[c.arg("src")]] if fact.fill == 0 or whole else []))
     c.row_local = bool(axis.fixed)
     return Fact(tuple(dims), fact.scale)

@@ -7,7 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from fi_compile.facts import Axis, Deny, Fact, Quantity, alias, closed, cut, fixed, least, negated, same, tidy, tidy_scale, unwrapped
+from fi_compile.facts import (
+    Axis,
+    Deny,
+    Fact,
+    Quantity,
+    alias,
+    closed,
+    cut,
+    fixed,
+    least,
+    negated,
+    same,
+    tidy,
+    tidy_scale,
+    unwrapped,
+)
+
 from .call import Call, one, rule
 
 
@@ -65,14 +81,20 @@ def inverse(c: Call) -> Fact:
         raise Deny("spectrum", "an inverse transform of something that is not the spectrum of a sequence")
     assert axis.period is not None
     if not same(axis.period, n):
-        raise Deny("spectrum", "the inverse transform has another length than the forward one", "pass the same n to both")
+        raise Deny(
+            "spectrum",
+            "the inverse transform has another length than the forward one",
+            "pass the same n to both",
+        )
     half = tidy(np.add(np.floor_divide(n, 2), 1))
     if c.name == "fft_irfft" and not axis.real:
         raise Deny("spectrum", "irfft of the spectrum of a complex sequence", "use ifft(...).real")
     if not (same(axis.size, n) or (c.name == "fft_irfft" and same(axis.size, half))):
         raise Deny("spectrum", "an inverse transform of only a part of the spectrum")
     back = closed(replace(axis, size=n, freq=False, real=True))
-    c.conditions.append(f"support within one period of n = {back if back.period is None else 'n, else cut later'}")
+    c.conditions.append(
+        f"support within one period of n = {back if back.period is None else 'n, else cut later'}"
+    )
     return Fact(_replace(fact, dim, back), _scale(c, fact, n, forward=False))
 
 
@@ -90,7 +112,17 @@ def conjugate(c: Call) -> Fact:
     return Fact(dims, fact.scale)
 
 
-@rule("fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", scales=True)
+@rule(
+    "fft_fftn",
+    "fft_ifftn",
+    "fft_rfftn",
+    "fft_irfftn",
+    "fft_fft2",
+    "fft_ifft2",
+    "fft_rfft2",
+    "fft_irfft2",
+    scales=True,
+)
 def several(c: Call) -> Fact:
     """Transforms over several dimensions: one after another (a real one last)."""
     fact = c.fact("self")

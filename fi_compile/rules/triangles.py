@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fi_compile.facts import JUNK, Fact, Triangle, constant, is_number
+
 from .call import Call
 
 # In a softmax, scores this low weigh exactly nothing beside an ordinary one.
@@ -151,11 +152,12 @@ def _or(c: Call, states: dict[Any, Any]) -> Any:
 
 def _quotient(c: Call, states: dict[Any, Any]) -> Any:
     numerator, denominator = _operand(c, "self", states), _operand(c, "other", states)
-    if is_number(numerator) and denominator is None and c.arg("rounding_mode") is None:
-        if numerator == 0 or numerator <= VERY_LOW and not isinstance(c.arg("other"), torch.fx.Node):
-            return numerator
-    if numerator is not None and numerator is not JUNK and numerator <= VERY_LOW and is_number(denominator):
-        return float(numerator) / abs(denominator) if denominator > 0 else _UNDECIDED
+    if not is_number(numerator) or c.arg("rounding_mode") is not None:
+        return _UNDECIDED
+    if numerator == 0 and denominator is None:
+        return numerator
+    if numerator <= VERY_LOW and is_number(denominator) and denominator > 0:
+        return float(numerator) / denominator
     return _UNDECIDED
 
 

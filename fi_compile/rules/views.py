@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from fi_compile.facts import Axis, Deny, Dim, Fact, Quantity, Triangle, constant, fixed, same, tidy
+from fi_compile.facts import JUNK, Axis, Deny, Dim, Fact, Quantity, constant, fixed, same, tidy
+
 from .call import Call, is_one, rule, table_axis
 
 
@@ -17,7 +18,7 @@ def moved(fact: Fact, dims: tuple[Dim, ...], where: dict[int, int]) -> Fact:
         for t in fact.triangles
         if t.query in where and t.key in where
     )
-    if fact.junk and not any(t.above is not None and t.above.__class__ is not float for t in triangles):
+    if any(t.above is JUNK and not (t.query in where and t.key in where) for t in fact.triangles):
         raise Deny("unproved", "rearranges entries that are certified only below a diagonal")
     form = fact.affine
     if form is not None:
@@ -105,7 +106,9 @@ def squeeze(c: Call) -> Fact:
     if asked is None:
         candidates = set(range(len(fact.dims)))
     else:
-        candidates = {c.dim(d, len(fact.dims)) for d in (asked if isinstance(asked, (list, tuple)) else [asked])}
+        candidates = {
+            c.dim(d, len(fact.dims)) for d in (asked if isinstance(asked, (list, tuple)) else [asked])
+        }
     kept = [i for i in range(len(fact.dims)) if not (i in candidates and is_one(fact.dims[i]))]
     return moved(fact, tuple(fact.dims[i] for i in kept), {old: new for new, old in enumerate(kept)})
 
@@ -160,7 +163,8 @@ def repeat_interleave(c: Call) -> Fact:
     return Fact(dims, fact.scale, fill=fact.fill)
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy", "_reshape_alias", "reshape_as", "view_as",
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy", "_reshape_alias", "reshape_as",
+      "view_as",
       "_reshape_copy", "ravel", scales=True, junk=True)  # fmt: skip
 def view(c: Call) -> Fact:
     """Dimensions merged and split; a merged sequence axis survives until it is split off exactly."""
@@ -236,8 +240,7 @@ def _joined(factors: list[Axis]) -> Dim:
         else:
             out.append(axis)
     if len(out) > 1 and any(not a.plain for a in out):
-        raise Deny("merged", "a view merges a shifted, reversed or transformed sequence with another dimension")
+        raise Deny(
+            "merged", "a view merges a shifted, reversed or transformed sequence with another dimension"
+        )
     return tuple(out) if out else (fixed(1),)
-
-
-__all__ = ["Triangle", "moved", "permuted", "repeated", "viewed"]

@@ -1,0 +1,182 @@
+"""The transparent mode's entrance: ``torch.compile(model, backend="flashinf")``.
+
+Dynamo calls :func:`flashinf` once per graph. The artifact it gets finds, at each call, the door of this
+graph on these weights (:mod:`fi_compile.doors`) and answers from it, or runs the graph as given. It keeps
+no weights and no state itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.registry import lookup_backend
+
+from .doors import (
+    Door,
+    Doors,
+    FlashinfWarning,
+    doors_of,
+    find_door,
+    last_report,
+    note_report,
+    refused_text,
+)
+from .dynamo import Roles, graph_refusal, read_roles
+from .errors import InputError, Refusal
+from .options import Options, read_options
+from .report import Report
+from .sessions import common_prefix
+
+_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# A graph is interpreted this many times before Inductor is worth its compile time.
+_EAGER_CALLS = 2
+_EAGER_PROMPTS = 8
+
+
+def flashinf(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one of Dynamo's graphs; found by ``torch.compile`` under the name ``"flashinf"``.
+
+    ``options``: see :class:`fi_compile.Options`. ``mode``: handed to Inductor where that runs the graph.
+    Never raises for a model: one that cannot be decoded incrementally runs as given, with a
+    :class:`FlashinfWarning` that says why. Misuse (an unknown option) raises :class:`InputError` when the
+    compiled model is called.
+    """
+    try:
+        chosen = read_options(options)
+        if mode not in _MODES:
+            raise InputError(f"mode={mode!r}: expected one of {', '.join(str(m) for m in _MODES[1:])}")
+    except InputError as error:
+        return _raiser(error)
+    roles = _roles(gm, example_inputs)
+    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs):
+        return _Training(lookup_backend(chosen.fallback)(gm, list(example_inputs)), roles)
+    plain = _Plain(gm, chosen, mode, dynamic=roles is not None)
+    if isinstance(roles, Refusal):
+        note_report(Report("refused", refusals=(roles,)))
+        warnings.warn(refused_text((roles,)), FlashinfWarning, stacklevel=2)
+    return _Artifact(gm, roles, chosen, plain) if isinstance(roles, Roles) else plain
+
+
+def _raiser(error: InputError) -> Callable[..., Any]:
+    """Dynamo would wrap an error of a backend in its own; one raised at the call arrives as it is."""
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def _roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Refusal | None:
+    try:
+        roles = read_roles(gm, example_inputs)
+        if not isinstance(roles, Roles):
+            return roles
+        device = example_inputs[roles.sequence].device.type
+        if torch.is_autocast_enabled(device):
+            return Refusal(
+                "autocast",
+                "it runs under torch.autocast",
+                hint="convert the model once: model.to(torch.bfloat16)",
+            )
+        return graph_refusal(gm) or roles
+    except Exception as error:  # never a crash under torch.compile
+        return Refusal("internal", f"{type(error).__name__}: {error}"[:500])
+
+
+class _Plain:
+    """The graph as given: interpreted at first, by Inductor (if that is the fallback) when called often."""
+
+    def __init__(self, gm: fx.GraphModule, options: Options, mode: str | None, dynamic: bool) -> None:
+        self._gm, self._mode, self._dynamic = gm, mode, dynamic
+        self._calls = 0
+        self._compile = options.fallback == "inductor"
+        self._compiled: Callable[..., Any] | None = None
+        self.patience = _EAGER_CALLS
+
+    def __call__(self, *args: Any) -> Any:
+        self._calls += 1
+        if not self._compile or self._calls <= self.patience:
+            return self._gm.forward(*args)
+        try:
+            if self._compiled is None:
+                self._compiled = torch.compile(self._gm.forward, mode=self._mode, dynamic=self._dynamic)
+            return self._compiled(*args)
+        except Exception:
+            result = self._gm.forward(*args)  # raises again where the input was at fault
+            self._compile = False
+            return result
+
+
+class _Artifact:
+    """One graph with a symbolic length, called with any weights of its form."""
+
+    def __init__(self, gm: fx.GraphModule, roles: Roles, options: Options, plain: _Plain) -> None:
+        self._gm, self._roles, self._options, self._plain = gm, roles, options, plain
+        self._plain.patience = _EAGER_PROMPTS
+        self._text = hashlib.sha256(gm.print_readable(print_output=False).encode()).digest()
+        self._own_doors = Doors()  # of a graph that reads no weights
+
+    def __call__(self, *args: Any) -> Any:
+        door = self._door(args)
+        if door is None:
+            return self._plain(*args)
+        if door.refusals:
+            self._plain.patience = _EAGER_CALLS
+        return door.call(args[self._roles.sequence], lambda: self._plain(*args))
+
+    def _door(self, args: Sequence[Any]) -> Door | None:
+        roles = self._roles
+        weights = [args[place] for place, _ in roles.weights]
+        sequence = args[roles.sequence]
+        key = (
+            self._text,
+            self._options,
+            *(args[place].item() for place in roles.numbers),
+            *((id(w), w.data_ptr(), w.dtype) for w in weights),
+            sequence.dtype,
+            sequence.device,
+            sequence.shape[2:],
+        )
+        doors = doors_of(weights) if weights else self._own_doors
+        return find_door(doors, key, lambda: Door(self._gm, roles, args, self._options))
+
+
+class _Training:
+    """A graph run with gradients: the fallback, and one warning where it looks like a decoding loop."""
+
+    def __init__(self, run: Callable[..., Any], roles: Roles | Refusal | None) -> None:
+        self._run = run
+        self._sequence = roles.sequence if isinstance(roles, Roles) else None
+        self._seen: Tensor | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._sequence is not None:
+            self._watch(args[self._sequence].detach())
+        return self._run(*args)
+
+    def _watch(self, sequence: Tensor) -> None:
+        seen, self._seen = self._seen, sequence.clone()
+        if seen is None or seen.shape[0] != sequence.shape[0] or seen.shape[1] >= sequence.shape[1]:
+            return
+        if common_prefix(seen, sequence, lambda: False).common == seen.shape[1]:
+            self._sequence = self._seen = None
+            warnings.warn(
+                "a growing prefix is run with gradients enabled, every position each time: decode under "
+                "torch.inference_mode() (or torch.no_grad())",
+                FlashinfWarning,
+                stacklevel=2,
+            )
+
+
+__all__ = ["FlashinfWarning", "flashinf", "last_report"]

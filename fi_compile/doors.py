@@ -1,0 +1,303 @@
+"""Doors: a graph on one set of weights, analysed, with the sessions that are decoded through it.
+
+A compiled callable is no model: Dynamo makes several graphs of one model, and one graph serves several
+models of a class. So doors hang on the weights themselves, as an attribute: they serve every graph with the
+same text, live as long as the weights, and are freed with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .decoder import build_engine
+from .dynamo import Roles, wrap_graph
+from .engine import Engine
+from .errors import CapacityError, FlashinfError, InputError, Refusal, Unsupported
+from .growing import Growing
+from .options import Options
+from .report import Report
+from .sessions import Match, MemoryLimit, Session, clock, quiet_mode, same_bits
+
+_MOST_SESSIONS = 8
+_MOST_DOORS = 8  # per first weight: graphs, options and swapped weights seen together
+_CHEAP_LOSS = 8  # positions a session may lose without being forked first
+_PATIENCE = 0.05  # seconds to wait for another thread that is matching
+_MISSES = 4
+
+_creating = threading.Lock()
+
+
+class FlashinfWarning(UserWarning):
+    """The compiled model runs as given, and why."""
+
+
+class Door:
+    """A graph on one set of weights: the analysis, or the reason there is none, and the sessions.
+
+    The door is held by the weights (:func:`find_door`), and holds them; nothing else does.
+    """
+
+    def __init__(self, gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any], options: Options) -> None:
+        self.roles, self.options = roles, options
+        self.module = wrap_graph(gm, roles, arguments)
+        self.refusals: tuple[Refusal, ...] = ()
+        self.sessions: list[Session] = []
+        self.building = threading.RLock()
+        self.lock = threading.Lock()
+        self._warned: set[str] = set()
+        self._last_length, self._misses = -1, 0
+        self._versions = self._weight_versions()
+        try:
+            with quiet_mode():
+                example = arguments[roles.sequence].clone()
+                self.engine: Engine = build_engine(self.module, example, options)
+                self.report: Report = self.engine.report
+                self._read_outputs()
+        except Exception as error:
+            self.refuse(error)
+
+    def _read_outputs(self) -> None:
+        plan = self.engine.plan
+        nodes = self.engine.program.outputs
+        self.axes = [
+            next(iter(plan.axes.get(n, ())), None) if isinstance(n, fx.Node) else None for n in nodes
+        ]
+        self.batch_axes = [
+            next(iter(plan.batch_axes.get(n, ())), None) if isinstance(n, fx.Node) else None for n in nodes
+        ]
+        forms = self.roles.outputs
+        self.needs_newest = any(
+            a is None and f is not None and f.dtype for a, f in zip(self.axes, forms, strict=True)
+        )
+
+    def refuse(self, error: Exception) -> None:
+        """From now on run the graph as given."""
+        if isinstance(error, Unsupported):
+            self.refusals = error.refusals
+        else:
+            kind = "inputs" if isinstance(error, FlashinfError) else "internal"
+            self.refusals = (Refusal(kind, f"{type(error).__name__}: {error}"[:500]),)
+        self.report = Report("refused", refusals=self.refusals)
+        self.sessions.clear()
+
+    @property
+    def may_retry(self) -> bool:
+        """Whether it was refused for weights that have changed since."""
+        return any(r.kind == "weights" for r in self.refusals) and self._versions != self._weight_versions()
+
+    def _weight_versions(self) -> list[int]:
+        return [0 if p.is_inference() else p._version for p in self.module.parameters()]
+
+    # -- what sessions ask ---------------------------------------------------------------------------------
+
+    def layouts(self, batch: int) -> list[Any]:
+        """Per output a function of the length giving its shape and strides, or None."""
+        return [None if f is None or f.dtype is None else partial(f.at, batch) for f in self.roles.outputs]
+
+    def fresh_outputs(self, batch: int, private: bool) -> list[Growing | None]:
+        """Empty rows for each output with a sequence axis."""
+        return [
+            None if axis is None or layout is None else Growing(axis, layout, private)
+            for axis, layout in zip(self.axes, self.layouts(batch), strict=True)
+        ]
+
+    def estimate(self, batch: int, length: int) -> int:
+        """Bytes a session of this size will hold, about."""
+        engine = self.engine
+        capacity = engine.capacity_for(length + 1)
+        state = self.report.state_bytes * batch * capacity // max(self.report.capacity, 1)
+        forms = [f for f, axis in zip(self.roles.outputs, self.axes, strict=True) if f and axis is not None]
+        return state + sum(
+            math.prod(f.at(batch, length)[0]) * (f.dtype or torch.int64).itemsize for f in forms
+        )
+
+    # -- calls ---------------------------------------------------------------------------------------------
+
+    def call(self, sequence: Tensor, plain: Callable[[], Any]) -> Any:
+        """The graph's outputs for ``sequence``: from a session it continues, else ``plain()``."""
+        if self.refusals:
+            return plain()
+        reason = None
+        with quiet_mode():
+            claimed = self._claim(sequence)
+            if claimed is not None:
+                try:
+                    outputs = self._answer(*claimed, sequence)
+                    if outputs is not None:
+                        return tuple(outputs)
+                except (CapacityError, MemoryLimit) as error:
+                    reason = str(error)
+                except InputError:
+                    pass  # the graph itself says what is wrong with its input
+        if reason is not None:
+            self.warn_once(f"this sequence is not decoded incrementally: {reason}")
+        elif self.refusals:
+            note_report(self.report, self)
+            self.warn_once(refused_text(self.refusals))
+        elif self._misses >= _MISSES:
+            self.warn_once(
+                "sequences grow by one position a call, yet none continues an earlier one: nothing is "
+                "reused. Append new positions at the end and leave the earlier ones as they were"
+            )
+        return plain()
+
+    def _claim(self, sequence: Tensor) -> tuple[Session, Match] | None:
+        """The session that agrees longest with ``sequence``, its lock held; without one, remember it."""
+        if not self.lock.acquire(timeout=_PATIENCE):
+            return None
+        best: tuple[Session, Match] | None = None
+        busy = False
+        try:
+            for session in sorted(self.sessions, key=lambda s: s.used, reverse=True):
+                if not session.lock.acquire(blocking=False):
+                    busy = True
+                    continue
+                match = session.match(sequence)
+                if match is None or (best is not None and match.common <= best[1].common):
+                    session.lock.release()
+                    continue
+                if best is not None:
+                    best[0].lock.release()
+                best = session, match
+                if match.common >= sequence.shape[1] - 1:
+                    break
+            if best is not None:
+                best[0].used = next(clock)
+                self._misses = 0
+            elif not busy:
+                self._remember(sequence)
+            return best
+        finally:
+            self.lock.release()
+
+    def _remember(self, sequence: Tensor) -> None:
+        length = sequence.shape[1]
+        self._misses = self._misses + 1 if length == self._last_length + 1 else 0
+        self._last_length = length
+        if not any(s.decoder is None and same_bits(s.inputs, sequence) for s in self.sessions):
+            self._add(Session(self, sequence.clone()))
+
+    def _add(self, session: Session) -> None:
+        if len(self.sessions) >= _MOST_SESSIONS:
+            self.drop(min(self.sessions, key=lambda s: (s.decoder is not None, s.used)))
+        self.sessions.append(session)
+
+    def drop(self, session: Session) -> None:
+        """Forget a session."""
+        with contextlib.suppress(ValueError):
+            self.sessions.remove(session)
+
+    def _answer(self, session: Session, match: Match, sequence: Tensor) -> list[Any] | None:
+        """Continue a session whose lock is held; None where our own work failed, which is then a refusal."""
+        try:
+            decoder = session.decoder
+            if decoder is not None and decoder.weights_unchanged:
+                lost = decoder.inputs.shape[1] - match.common
+                if match.common < sequence.shape[1] and (
+                    lost > _CHEAP_LOSS or decoder.batch != sequence.shape[0]
+                ):
+                    forked = session.fork()
+                    session.lock.release()
+                    session = forked
+                    self._add(session)
+            return session.advance(sequence, match)
+        except (CapacityError, InputError, MemoryLimit):
+            self.drop(session)
+            raise
+        except Exception as error:
+            self.refuse(error)
+            return None
+        except BaseException:
+            self.drop(session)
+            raise
+        finally:
+            session.lock.release()
+
+    def warn_once(self, text: str) -> None:
+        """Warn, the first time for this door."""
+        if text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, FlashinfWarning, stacklevel=2)
+
+
+# -- where doors are kept ----------------------------------------------------------------------------------
+
+_ATTRIBUTE = "_flashinf_doors"
+
+
+class Doors(OrderedDict[Any, Door]):
+    """The doors of one weight, an attribute of it: freed when it is, and not saved with it."""
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, ()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return OrderedDict()
+
+
+def doors_of(weights: Sequence[Tensor]) -> Doors:
+    """The doors kept by the first parameter among ``weights``, else by the first of them."""
+    holder = next((w for w in weights if isinstance(w, nn.Parameter)), weights[0])
+    doors = getattr(holder, _ATTRIBUTE, None)
+    if not isinstance(doors, Doors):
+        doors = Doors()
+        setattr(holder, _ATTRIBUTE, doors)
+    return doors
+
+
+def find_door(doors: Doors, key: Any, make: Callable[[], Door]) -> Door | None:
+    """The door for ``key``, made where it is new; None while another thread is making one."""
+    door = doors.get(key)
+    if door is None or door.may_retry:
+        if not _creating.acquire(blocking=False):
+            return None
+        try:
+            door = doors[key] = make()
+            while len(doors) > _MOST_DOORS:
+                doors.popitem(last=False)
+        finally:
+            _creating.release()
+        note_report(door.report, door)
+        if door.refusals:
+            door.warn_once(refused_text(door.refusals))
+    doors.move_to_end(key)
+    return door
+
+
+# -- the newest report -------------------------------------------------------------------------------------
+
+_newest: tuple[Report | None, weakref.ref[Door] | None] = (None, None)
+
+
+def last_report() -> Report | None:
+    """The report of the newest ``torch.compile(..., backend="flashinf")``, or None.
+
+    Its snapshots can be run as long as the model lives.
+    """
+    report, door = _newest[0], _newest[1]() if _newest[1] is not None else None
+    return door.report if door is not None else report
+
+
+def note_report(report: Report, door: Door | None = None) -> None:
+    """Make this the newest report; the global keeps its text, not the weights its snapshots hold."""
+    global _newest
+    snapshots = tuple(replace(s, program=None, graph=None) for s in report.snapshots)
+    _newest = replace(report, snapshots=snapshots), None if door is None else weakref.ref(door)
+
+
+def refused_text(refusals: Sequence[Refusal]) -> str:
+    """What a warning says about refusals."""
+    reasons = "\n".join(str(refusal) for refusal in refusals)
+    return f"flashinf runs this model as given, every position each time, because\n{reasons}"

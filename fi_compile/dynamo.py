@@ -1,0 +1,246 @@
+"""What a graph made by Dynamo means: which argument is the sequence, which are weights, sizes and numbers.
+
+Dynamo passes everything a model's forward touches as a flat list of arguments. :func:`read_roles` tells
+them apart, :func:`wrap_graph` puts the weights back into a module that reads only the sequence, so that
+both entrances of the compiler lead to one analysis.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.traceback import preserve_node_meta
+
+from .errors import Refusal
+from .program import as_expr, source_of
+from .symbolic import evaluate_at
+
+_PATH = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z]\w*)(?![\w(])")
+_ONE_INPUT = "pass one sequence, [B, s] or [B, s, D]; compute masks and positions inside the model"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What one output of the graph looks like: sizes and strides as expressions in ``batch`` and ``length``.
+
+    An output that is a size itself has ``dtype`` None and itself as its only size.
+    """
+
+    dtype: torch.dtype | None
+    shape: tuple[Any, ...]
+    strides: tuple[Any, ...]
+    batch: Any
+    length: Any
+
+    def at(self, batch: int, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides for ``batch`` rows of ``length`` positions."""
+        symbols = {self.length: length, self.batch: batch}
+        return _values(self.shape, symbols), _values(self.strides, symbols)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The arguments of a Dynamo graph by position; ``outputs`` has a form per tensor, None for anything else.
+
+    ``batch`` and ``length`` are the symbols of the sequence's first two sizes; a batch that Dynamo took for a
+    constant is an int.
+    """
+
+    sequence: int
+    weights: tuple[tuple[int, str], ...]  # position, path in the user's model
+    numbers: tuple[int, ...]  # Python floats of the model, passed as tensors without dimensions
+    sizes: tuple[tuple[int, int], ...]  # position, the sequence's axis whose size it is
+    batch: Any
+    length: sympy.Symbol
+    outputs: tuple[Form | None, ...]
+
+
+def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Refusal | None:
+    """Tell a graph's arguments apart: None without a symbolic sequence length, a refusal where it is unclear.
+
+    ``example_inputs``: what Dynamo gave the backend, one value per placeholder.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    tensors, weights, numbers = {}, [], []
+    for place, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
+        if not isinstance(value, Tensor):
+            continue
+        if getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False):
+            if not _in_model(node, value):
+                return _unsupported_input(node, "a number")
+            numbers.append(place)
+        elif _in_model(node, value):
+            weights.append(place)
+        else:
+            tensors[place] = node.meta["example_value"]  # a fake tensor, with symbolic sizes
+    dynamic = [p for p, t in tensors.items() if t.dim() >= 2 and isinstance(t.shape[1], torch.SymInt)]
+    if not dynamic:
+        return None
+    if len(tensors) > 1:
+        names = ", ".join(_source_name(placeholders[p]) for p in tensors)
+        return Refusal(
+            "inputs",
+            f"the function reads {len(tensors)} tensors that are not weights ({names}), not one",
+            hint=f"{_ONE_INPUT}; a graph break, too, cuts a model into pieces with several inputs",
+        )
+    (sequence,) = dynamic
+    shape = tensors[sequence].shape
+    batch, length = as_expr(shape[0]), as_expr(shape[1])
+    if batch == length or not isinstance(length, sympy.Symbol):
+        return None
+    sizes = []
+    for place, value in enumerate(example_inputs):
+        if isinstance(value, torch.SymInt):
+            axis = {length: 1, batch: 0}.get(as_expr(value))
+            if axis is None:
+                return _unsupported_input(placeholders[place], "a size or number that varies")
+            sizes.append((place, axis))
+        elif not isinstance(value, Tensor):
+            return _unsupported_input(placeholders[place], f"a {type(value).__name__}")
+    paths = _paths([placeholders[p] for p in weights])
+    outputs = tuple(_form(node, batch, length) for node in flat_outputs(gm))
+    named = tuple(zip(weights, paths, strict=True))
+    return Roles(sequence, named, tuple(numbers), tuple(sizes), batch, length, outputs)
+
+
+def flat_outputs(gm: fx.GraphModule) -> tuple[Any, ...]:
+    """The graph's outputs: nodes or constants."""
+    found = gm.graph.output_node().args[0]
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+def _form(node: Any, batch: Any, length: Any) -> Form | None:
+    value: Any = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    if isinstance(value, torch.SymInt):
+        return Form(None, (as_expr(value),), (), batch, length)
+    if not isinstance(value, Tensor):
+        return None
+    shape, strides = (tuple(as_expr(v) for v in vs) for vs in (value.shape, value.stride()))
+    return Form(value.dtype, shape, strides, batch, length)
+
+
+def _values(expressions: tuple[Any, ...], symbols: dict[Any, int]) -> tuple[int, ...]:
+    return tuple(e if isinstance(e, int) else int(evaluate_at(e, symbols, ())) for e in expressions)
+
+
+def _in_model(node: fx.Node, value: Any) -> bool:
+    """Whether an argument belongs to a module or is global, and not something the caller passes."""
+    if isinstance(value, nn.Parameter):
+        return True
+    where = getattr(getattr(node, "_dynamo_source", None), "guard_source", None)
+    return where is not None and ("NN_MODULE" in where.name or where.name.startswith("GLOBAL"))
+
+
+def _source_name(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    name = source.name if source is not None else node.name
+    name = name() if callable(name) else name
+    return re.sub(r"^L\['(\w+)'\]$", r"\1", name)
+
+
+def _unsupported_input(node: fx.Node, what: str) -> Refusal:
+    return Refusal(
+        "inputs", f"{_source_name(node)} is {what}, not the sequence", (node.name,), hint=_ONE_INPUT
+    )
+
+
+def _paths(nodes: Sequence[fx.Node]) -> list[str]:
+    """A distinct dotted path per weight: the user's own where Dynamo's name for it tells."""
+    paths: list[str] = []
+    for node in nodes:
+        parts = [a or b for a, b in _PATH.findall(_source_name(node))]
+        path = ".".join(part for part in parts if part not in ("_modules", "_parameters", "_buffers"))
+        clash = any(f"{p}.".startswith(f"{path}.") or f"{path}.".startswith(f"{p}.") for p in paths)
+        paths.append(node.name if not path or clash else path)
+    return paths
+
+
+class SequenceModule(nn.Module):
+    """A Dynamo graph as a module of the sequence alone; its weights sit at the user's own paths."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__()
+        self._sequence_graph = graph
+
+    def forward(self, sequence: Tensor) -> Any:
+        """Run the graph on ``sequence``; its flat tuple of outputs."""
+        with preserve_node_meta():
+            return fx.Interpreter(self, graph=self._sequence_graph).run(sequence)
+
+
+def wrap_graph(gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any]) -> SequenceModule:
+    """The graph with the weights and numbers of one call's ``arguments`` put in."""
+    graph = fx.Graph()
+    module = SequenceModule(graph)
+    for name, part in (*gm._modules.items(), *gm._parameters.items(), *gm._buffers.items()):
+        setattr(module, name, part)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    sequence = graph.placeholder("sequence")
+    mapped: dict[fx.Node, Any] = {placeholders[roles.sequence]: sequence}
+    for place, path in roles.weights:
+        _register(module, path, arguments[place])
+        mapped[placeholders[place]] = graph.get_attr(path)
+    for place in roles.numbers:
+        mapped[placeholders[place]] = arguments[place].item()
+    for place, axis in roles.sizes:
+        mapped[placeholders[place]] = graph.call_method("size", (sequence, axis))
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            graph.output(fx.map_arg(flat_outputs(gm), lambda n: mapped[n]))
+        elif node.op == "call_method" and node.target == "item" and isinstance(mapped[node.args[0]], float):
+            mapped[node] = mapped[node.args[0]]
+        else:
+            mapped[node] = graph.node_copy(node, lambda n: mapped[n])
+    return module
+
+
+def _register(module: nn.Module, path: str, value: Tensor) -> None:
+    *owners, name = path.split(".")
+    for owner in owners:
+        if owner not in module._modules:
+            module.add_module(owner, nn.Module())
+        module = module._modules[owner]  # type: ignore[assignment]
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    else:
+        module.register_buffer(name, value)
+
+
+def graph_refusal(gm: fx.GraphModule) -> Refusal | None:
+    """Why a graph is left alone whatever its weights: it draws random numbers or changes the precision."""
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_function" and "dropout" in name and _drops(node):
+            return Refusal(
+                "training",
+                "activations are dropped at random: the model is in training mode",
+                (node.name,),
+                source_of(node),
+                hint="call model.eval() first",
+            )
+        if "autocast" in name:
+            return Refusal(
+                "autocast",
+                "the forward switches precision with torch.autocast",
+                (node.name,),
+                source_of(node),
+                hint="convert the model once: model.to(torch.bfloat16)",
+            )
+    return None
+
+
+def _drops(node: fx.Node) -> bool:
+    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
+    probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+    return bool(training) and not (isinstance(probability, float) and probability == 0)
+
+
+__all__ = ["Form", "Roles", "SequenceModule", "flat_outputs", "graph_refusal", "read_roles", "wrap_graph"]
