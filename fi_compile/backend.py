@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from .doors import (
@@ -63,8 +63,7 @@ def flashinf(
         return _Training(lookup_backend(chosen.fallback)(gm, list(example_inputs)), roles)
     plain = _Plain(gm, chosen, mode, dynamic=roles is not None)
     if isinstance(roles, Refusal):
-        note_report(Report("refused", refusals=(roles,)))
-        warnings.warn(refused_text((roles,)), FlashinfWarning, stacklevel=2)
+        return _refused(roles, plain)
     return _Artifact(gm, roles, chosen, plain) if isinstance(roles, Roles) else plain
 
 
@@ -75,6 +74,18 @@ def _raiser(error: InputError) -> Callable[..., Any]:
         raise error
 
     return fail
+
+
+def _refused(refusal: Refusal, plain: _Plain) -> Callable[..., Any]:
+    """The graph as given, its first call with a warning."""
+    note_report(Report("refused", refusals=(refusal,)))
+
+    def run(*args: Any) -> Any:
+        doors = doors_of([a for a in args if isinstance(a, nn.Parameter)])
+        doors.warn_once(refused_text((refusal,)))
+        return plain(*args)
+
+    return run
 
 
 def _roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Refusal | None:
@@ -141,6 +152,7 @@ class _Artifact:
         sequence = args[roles.sequence]
         key = (
             self._text,
+            roles.outputs,
             self._options,
             *(args[place].item() for place in roles.numbers),
             *((id(w), w.data_ptr(), w.dtype) for w in weights),
@@ -149,7 +161,7 @@ class _Artifact:
             sequence.shape[2:],
         )
         doors = doors_of(weights) if weights else self._own_doors
-        return find_door(doors, key, lambda: Door(self._gm, roles, args, self._options))
+        return find_door(doors, key, lambda: Door(doors, self._gm, roles, args, self._options))
 
 
 class _Training:

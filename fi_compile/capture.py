@@ -51,7 +51,7 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     second_best: Program | None = None
     for trace_length in _trace_lengths(model, example, length):
         try:
-            program = _trace_at(model, example, trace_length)
+            program = _without_layout_holes(_trace_at(model, example, trace_length), model)
         except Exception as error:
             failures.append(error)
             continue
@@ -89,6 +89,24 @@ def _trace_at(model: nn.Module, example: Tensor, length: int) -> Program:
     return _read(exported, model, example)
 
 
+def _without_layout_holes(program: Program, model: nn.Module) -> Program:
+    """Admit the holes at which the graph itself equals the model: guards on memory layout, not on meaning."""
+    holes = set()
+    for hole in program.lengths.holes:
+        sequence = _probe(program, hole)
+        with torch.no_grad():
+            whole = program.evaluate(sequence, keep=[o for o in program.outputs if isinstance(o, fx.Node)])
+            if not _equal_prefix(program, model, sequence, whole):
+                holes.add(hole)
+    return replace(program, lengths=replace(program.lengths, holes=frozenset(holes)))
+
+
+def _probe(program: Program, length: int) -> Tensor:
+    """A random sequence for comparing the graph with the model, in the example's dtype."""
+    sequence = random_sequence(program, max(program.example.shape[0], 2), length, seed=3, double=False)
+    return sequence[: program.batch] if isinstance(program.batch, int) else sequence
+
+
 def disagreements(program: Program, model: nn.Module) -> list[int]:
     """Lengths the graph is not meant for (below its range, and its holes) where it differs from the model.
 
@@ -100,15 +118,10 @@ def disagreements(program: Program, model: nn.Module) -> list[int]:
     tested = sorted({*below, *program.lengths.holes})
     if not tested:
         return []
-    longer = max(low, tested[-1] + 1)
-    while not program.lengths.admits(longer) and longer < tested[-1] + _MOST_HOLES:
-        longer += 1
-    if not program.lengths.admits(longer):
-        tested = [n for n in tested if n < low]
-        longer = low
-    sequence = random_sequence(program, max(program.example.shape[0], 2), longer, seed=3, double=False)
-    if isinstance(program.batch, int):
-        sequence = sequence[: program.batch]
+    longer = program.lengths.at_least(tested[-1] + 1)
+    if longer is None:
+        return tested
+    sequence = _probe(program, longer)
     nodes = [o for o in program.outputs if isinstance(o, fx.Node)]
     with torch.no_grad():
         whole = program.evaluate(sequence, keep=nodes)
@@ -237,8 +250,9 @@ def _read(exported: ExportedProgram, model: nn.Module, example: Tensor) -> Progr
                 hint="keep no state in forward: compute it, or register it once before decoding",
             )
         )
-    module = fx.GraphModule(torch.nn.Module(), exported.graph)  # copies the graph: names may change
-    graph = module.graph
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(exported.graph, {}))  # names that shadow a builtin (``input``) change here
+    module = fx.GraphModule(torch.nn.Module(), graph)
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     inputs, values = [], {}
     for node, spec in zip(placeholders, signature.input_specs, strict=True):

@@ -13,6 +13,7 @@ from .capture import trace_module
 from .engine import Engine
 from .errors import CapacityError, DecoderBroken, InputError, Refusal, Unsupported, WeightsChanged
 from .lane import Lane
+from .mixers.convolution import FilterGrew
 from .options import Options, read_options
 from .report import Report
 from .twin import vocabulary
@@ -320,18 +321,30 @@ class Decoder:
         lane, rows = self._lanes[index]
         needed = lane.position + more
         if needed > lane.derived.capacity:
-            lane = lane.moved(self.engine.derived(lane.batch, self.engine.capacity_for(needed, grow=True)))
+            lane = self._grown(lane, rows, self.engine.capacity_for(needed, grow=True))
         elif lane.owners > 1:
             lane.owners -= 1
             lane = lane.moved(lane.derived)
         self._lanes[index] = (lane, rows)
         return lane
 
+    def _grown(self, lane: Lane, rows: list[int], capacity: int) -> Lane:
+        """A lane with more room; where a filter leaves its class there, everything is derived anew."""
+        try:
+            return lane.moved(self.engine.derived(lane.batch, capacity))
+        except FilterGrew:
+            self.engine = self.engine.enlarged(capacity)
+        for index, (other, members) in enumerate(self._lanes):
+            fresh = Lane(self.engine.derived(other.batch, capacity), other.batch)
+            self._advance(fresh, self._sequence[members, : other.position])
+            self._lanes[index] = (fresh, members)
+        return next(own for own, members in self._lanes if members == rows)
+
     def _renew_weights(self) -> None:
         changed = self._watch.changed()
         if changed:
             self._watch.remember()
-            self.engine.renew(self._watch.current(), changed)
+            self.engine = self.engine.renewed(self._watch.current(), changed)
 
     # outputs: flat lists in the order of the program's outputs
 

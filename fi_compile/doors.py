@@ -8,7 +8,6 @@ same text, live as long as the weights, and are freed with them.
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import warnings
 import weakref
@@ -49,14 +48,15 @@ class Door:
     The door is held by the weights (:func:`find_door`), and holds them; nothing else does.
     """
 
-    def __init__(self, gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any], options: Options) -> None:
-        self.roles, self.options = roles, options
+    def __init__(
+        self, doors: Doors, gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any], options: Options
+    ) -> None:
+        self.doors, self.roles, self.options = doors, roles, options
         self.module = wrap_graph(gm, roles, arguments)
         self.refusals: tuple[Refusal, ...] = ()
         self.sessions: list[Session] = []
         self.building = threading.RLock()
         self.lock = threading.Lock()
-        self._warned: set[str] = set()
         self._last_length, self._misses = -1, 0
         self._versions = self._weight_versions()
         try:
@@ -71,16 +71,9 @@ class Door:
     def _read_outputs(self) -> None:
         plan = self.engine.plan
         nodes = self.engine.program.outputs
-        self.axes = [
-            next(iter(plan.axes.get(n, ())), None) if isinstance(n, fx.Node) else None for n in nodes
-        ]
-        self.batch_axes = [
-            next(iter(plan.batch_axes.get(n, ())), None) if isinstance(n, fx.Node) else None for n in nodes
-        ]
-        forms = self.roles.outputs
-        self.needs_newest = any(
-            a is None and f is not None and f.dtype for a, f in zip(self.axes, forms, strict=True)
-        )
+        self.axes = [next(iter(plan.axes.get(node, ())), None) for node in nodes]
+        self.batch_axes = [next(iter(plan.batch_axes.get(node, ())), None) for node in nodes]
+        self.needs_newest = None in self.axes
 
     def refuse(self, error: Exception) -> None:
         """From now on run the graph as given."""
@@ -103,13 +96,13 @@ class Door:
     # -- what sessions ask ---------------------------------------------------------------------------------
 
     def layouts(self, batch: int) -> list[Any]:
-        """Per output a function of the length giving its shape and strides, or None."""
-        return [None if f is None or f.dtype is None else partial(f.at, batch) for f in self.roles.outputs]
+        """Per tensor a function of the length giving its shape and strides."""
+        return [partial(form.at, batch) for form in self.roles.tensors]
 
     def fresh_outputs(self, batch: int, private: bool) -> list[Growing | None]:
         """Empty rows for each output with a sequence axis."""
         return [
-            None if axis is None or layout is None else Growing(axis, layout, private)
+            None if axis is None else Growing(axis, layout, private)
             for axis, layout in zip(self.axes, self.layouts(batch), strict=True)
         ]
 
@@ -118,10 +111,8 @@ class Door:
         engine = self.engine
         capacity = engine.capacity_for(length + 1)
         state = self.report.state_bytes * batch * capacity // max(self.report.capacity, 1)
-        forms = [f for f, axis in zip(self.roles.outputs, self.axes, strict=True) if f and axis is not None]
-        return state + sum(
-            math.prod(f.at(batch, length)[0]) * (f.dtype or torch.int64).itemsize for f in forms
-        )
+        forms = [f for f, axis in zip(self.roles.tensors, self.axes, strict=True) if axis is not None]
+        return state + sum(f.bytes_at(batch, length) for f in forms)
 
     # -- calls ---------------------------------------------------------------------------------------------
 
@@ -129,7 +120,7 @@ class Door:
         """The graph's outputs for ``sequence``: from a session it continues, else ``plain()``."""
         if self.refusals:
             return plain()
-        reason = None
+        trouble: Exception | None = None
         with quiet_mode():
             claimed = self._claim(sequence)
             if claimed is not None:
@@ -138,16 +129,17 @@ class Door:
                     if outputs is not None:
                         return tuple(outputs)
                 except (CapacityError, MemoryLimit) as error:
-                    reason = str(error)
+                    trouble = error
                 except InputError:
                     pass  # the graph itself says what is wrong with its input
-        if reason is not None:
-            self.warn_once(f"this sequence is not decoded incrementally: {reason}")
+        if trouble is not None:
+            text = f"this sequence is not decoded incrementally: {trouble}"
+            self.doors.warn_once(text, type(trouble).__name__)
         elif self.refusals:
             note_report(self.report, self)
-            self.warn_once(refused_text(self.refusals))
+            self.doors.warn_once(refused_text(self.refusals))
         elif self._misses >= _MISSES:
-            self.warn_once(
+            self.doors.warn_once(
                 "sequences grow by one position a call, yet none continues an earlier one: nothing is "
                 "reused. Append new positions at the end and leave the earlier ones as they were"
             )
@@ -225,12 +217,6 @@ class Door:
         finally:
             session.lock.release()
 
-    def warn_once(self, text: str) -> None:
-        """Warn, the first time for this door."""
-        if text not in self._warned:
-            self._warned.add(text)
-            warnings.warn(text, FlashinfWarning, stacklevel=2)
-
 
 # -- where doors are kept ----------------------------------------------------------------------------------
 
@@ -240,6 +226,16 @@ _ATTRIBUTE = "_flashinf_doors"
 class Doors(OrderedDict[Any, Door]):
     """The doors of one weight, an attribute of it: freed when it is, and not saved with it."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._warned: set[str] = set()
+
+    def warn_once(self, text: str, key: str | None = None) -> None:
+        """Warn, the first time for this text (or ``key``) and these weights."""
+        if (key or text) not in self._warned:
+            self._warned.add(key or text)
+            warnings.warn(text, FlashinfWarning, stacklevel=3)
+
     def __reduce__(self) -> Any:
         return OrderedDict, ()
 
@@ -248,7 +244,9 @@ class Doors(OrderedDict[Any, Door]):
 
 
 def doors_of(weights: Sequence[Tensor]) -> Doors:
-    """The doors kept by the first parameter among ``weights``, else by the first of them."""
+    """The doors kept by the first parameter among ``weights``, else by the first of them, else new ones."""
+    if not weights:
+        return Doors()
     holder = next((w for w in weights if isinstance(w, nn.Parameter)), weights[0])
     doors = getattr(holder, _ATTRIBUTE, None)
     if not isinstance(doors, Doors):
@@ -271,7 +269,7 @@ def find_door(doors: Doors, key: Any, make: Callable[[], Door]) -> Door | None:
             _creating.release()
         note_report(door.report, door)
         if door.refusals:
-            door.warn_once(refused_text(door.refusals))
+            doors.warn_once(refused_text(door.refusals))
     doors.move_to_end(key)
     return door
 

@@ -7,6 +7,7 @@ both entrances of the compiler lead to one analysis.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,10 +44,19 @@ class Form:
         symbols = {self.length: length, self.batch: batch}
         return _values(self.shape, symbols), _values(self.strides, symbols)
 
+    def bytes_at(self, batch: int, length: int) -> int:
+        """Bytes of an output of this form."""
+        return math.prod(self.at(batch, length)[0]) * (self.dtype or torch.int64).itemsize
+
+    @property
+    def symbols(self) -> set[Any]:
+        """The symbols the sizes and strides depend on."""
+        return {s for e in (*self.shape, *self.strides) if isinstance(e, sympy.Basic) for s in e.free_symbols}
+
 
 @dataclass(frozen=True)
 class Roles:
-    """The arguments of a Dynamo graph by position; ``outputs`` has a form per tensor, None for anything else.
+    """The arguments of a Dynamo graph by position, and its outputs: a form each, or the constant itself.
 
     ``batch`` and ``length`` are the symbols of the sequence's first two sizes; a batch that Dynamo took for a
     constant is an int.
@@ -55,10 +65,15 @@ class Roles:
     sequence: int
     weights: tuple[tuple[int, str], ...]  # position, path in the user's model
     numbers: tuple[int, ...]  # Python floats of the model, passed as tensors without dimensions
-    sizes: tuple[tuple[int, int], ...]  # position, the sequence's axis whose size it is
+    sizes: tuple[tuple[int, str, int], ...]  # position, "size" or "stride", the sequence's axis
     batch: Any
     length: sympy.Symbol
-    outputs: tuple[Form | None, ...]
+    outputs: tuple[Any, ...]
+
+    @property
+    def tensors(self) -> list[Form]:
+        """The forms of the outputs that are tensors."""
+        return [form for form in self.outputs if isinstance(form, Form) and form.dtype is not None]
 
 
 def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Refusal | None:
@@ -94,17 +109,24 @@ def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Ref
     batch, length = as_expr(shape[0]), as_expr(shape[1])
     if batch == length or not isinstance(length, sympy.Symbol):
         return None
+    strides = tensors[sequence].stride()
+    measures = {("size", axis): as_expr(n) for axis, n in enumerate(shape)}
+    measures |= {("stride", axis): as_expr(n) for axis, n in enumerate(strides)}
     sizes = []
     for place, value in enumerate(example_inputs):
         if isinstance(value, torch.SymInt):
-            axis = {length: 1, batch: 0}.get(as_expr(value))
-            if axis is None:
+            known = [("size", 0), ("size", 1), *(("stride", axis) for axis in range(len(shape)))]
+            found = [(what, axis) for what, axis in known if as_expr(value) == measures[what, axis]]
+            if not found:
                 return _unsupported_input(placeholders[place], "a size or number that varies")
-            sizes.append((place, axis))
+            sizes.append((place, *found[0]))
         elif not isinstance(value, Tensor):
             return _unsupported_input(placeholders[place], f"a {type(value).__name__}")
     paths = _paths([placeholders[p] for p in weights])
     outputs = tuple(_form(node, batch, length) for node in flat_outputs(gm))
+    for form in outputs:
+        if isinstance(form, Form) and not form.symbols <= {batch, length}:
+            return _unsupported_input(placeholders[sequence], "laid out in memory as its caller likes")
     named = tuple(zip(weights, paths, strict=True))
     return Roles(sequence, named, tuple(numbers), tuple(sizes), batch, length, outputs)
 
@@ -115,12 +137,12 @@ def flat_outputs(gm: fx.GraphModule) -> tuple[Any, ...]:
     return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
-def _form(node: Any, batch: Any, length: Any) -> Form | None:
+def _form(node: Any, batch: Any, length: Any) -> Any:
     value: Any = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     if isinstance(value, torch.SymInt):
         return Form(None, (as_expr(value),), (), batch, length)
     if not isinstance(value, Tensor):
-        return None
+        return node
     shape, strides = (tuple(as_expr(v) for v in vs) for vs in (value.shape, value.stride()))
     return Form(value.dtype, shape, strides, batch, length)
 
@@ -175,7 +197,7 @@ class SequenceModule(nn.Module):
 
 
 def wrap_graph(gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any]) -> SequenceModule:
-    """The graph with the weights and numbers of one call's ``arguments`` put in."""
+    """The graph with the weights and numbers of one call's ``arguments`` put in, its tensors as outputs."""
     graph = fx.Graph()
     module = SequenceModule(graph)
     for name, part in (*gm._modules.items(), *gm._parameters.items(), *gm._buffers.items()):
@@ -188,13 +210,14 @@ def wrap_graph(gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any]) -> Se
         mapped[placeholders[place]] = graph.get_attr(path)
     for place in roles.numbers:
         mapped[placeholders[place]] = arguments[place].item()
-    for place, axis in roles.sizes:
-        mapped[placeholders[place]] = graph.call_method("size", (sequence, axis))
+    for place, measure, axis in roles.sizes:
+        mapped[placeholders[place]] = graph.call_method(measure, (sequence, axis))
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             continue
         if node.op == "output":
-            graph.output(fx.map_arg(flat_outputs(gm), lambda n: mapped[n]))
+            both = zip(flat_outputs(gm), roles.outputs, strict=True)
+            graph.output(tuple(mapped[n] for n, form in both if form in roles.tensors))
         elif node.op == "call_method" and node.target == "item" and isinstance(mapped[node.args[0]], float):
             mapped[node] = mapped[node.args[0]]
         else:
@@ -208,7 +231,9 @@ def _register(module: nn.Module, path: str, value: Tensor) -> None:
         if owner not in module._modules:
             module.add_module(owner, nn.Module())
         module = module._modules[owner]  # type: ignore[assignment]
-    if isinstance(value, nn.Parameter):
+    if value.is_inference():  # has no version; tracing would ask it for gradients
+        module.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))
+    elif isinstance(value, nn.Parameter):
         module.register_parameter(name, value)
     else:
         module.register_buffer(name, value)

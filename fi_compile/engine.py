@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import time
@@ -42,20 +43,28 @@ log = logging.getLogger(__name__)
 class Engine:
     """A program analysed and split, with its derived values and compiled steps.
 
-    Shared by every decoder, fork and session of one model. Raises :class:`Unsupported` where the model cannot be
-    decoded exactly, :class:`CapacityError` where ``max_length`` exceeds what its tables hold.
+    Shared by every decoder, fork and session that began on one version of the weights; new weights, or a capacity
+    the analysis does not cover, give another engine. Raises :class:`Unsupported` where the model cannot be decoded
+    exactly, :class:`CapacityError` where ``max_length`` exceeds what its tables hold.
     """
 
-    def __init__(self, program: Program, options: Options, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        options: Options,
+        model: nn.Module | None = None,
+        *,
+        capacity: int | None = None,
+    ) -> None:
         self.program, self.options, self.model = program, options, model
-        self.capacity = self._first_capacity()
+        self.capacity = self._admitted(capacity or self._first_capacity())
         self._derived: dict[tuple[int, int], Derived] = {}
         self._raised: dict[int, Program] = {}
+        self._steps: dict[Any, CompiledStep] = {}
+        self._snapshots: list[Snapshot] = []
         self._analyse()
 
     def _analyse(self) -> None:
-        self._snapshots: list[Snapshot] = []
-        self._steps: dict[Any, CompiledStep] = {}
         self._timed("trace", lambda: None, program=self.program, rewrites=0)
         self.analysis: Consistency = propose_consistency(self.program)
         self.proof: Proof = prove_prefix(self.program, self.capacity)
@@ -68,15 +77,20 @@ class Engine:
         self._timed("raise", lambda: self.raised(derived), rewrites=len(derived.step.mixers))
 
     def _plan(self) -> Plan:
-        return plan_demands(self.analysis, self._recognise)
+        proof = self.proof
+        return plan_demands(
+            self.analysis, self._recognise, lambda node: proof.row_local(node) or proof.newest(node)
+        )
 
     def _check_outputs(self) -> None:
         """Accept outputs that are consistent *and* proved; raise :class:`Unsupported` on any other."""
         for node in self.program.outputs:
             if not is_tensor(node):
                 continue
-            consistent = node in self.analysis.consistent or not self.analysis.axes[node].rows
-            if self.proof.proved(node) or self.proof.newest(node):
+            rows = self.analysis.axes[node].rows
+            consistent = node in self.analysis.consistent or not rows
+            data = node in self.program.input_dependent
+            if self.proof.newest(node) or (self.proof.proved(node) and (rows or not data)):
                 if not consistent:
                     raise Unsupported(explain_inconsistency(self.analysis), *self.proof.refusals)
                 continue
@@ -204,7 +218,14 @@ class Engine:
             raise CapacityError(f"the capacity of {capacity} positions is used up and growth is off")
         while capacity < needed:
             capacity *= 2
-        return capacity if self.most is None else min(capacity, self.most)
+        return self._admitted(capacity if self.most is None else min(capacity, self.most))
+
+    def _admitted(self, capacity: int) -> int:
+        """The least length ≥ ``capacity`` the graph may run at, which filters and tables are evaluated at."""
+        found = self.program.lengths.at_least(capacity)
+        if found is None:
+            raise CapacityError(f"the model's guards admit no length of {capacity} or more")
+        return found
 
     # -- what depends on the weights -----------------------------------------------------------------------
 
@@ -248,22 +269,26 @@ class Engine:
         """Whether some table has one row per batch row."""
         return any(self.plan.batch_axes[node] for node in self.plan.tables)
 
-    def renew(self, values: Mapping[str, Tensor], changed: Collection[str]) -> None:
-        """Take over changed weights: derive again, and analyse again where what was proved may have changed.
+    def renewed(self, values: Mapping[str, Tensor], changed: Collection[str]) -> Engine:
+        """The engine for changed weights: derived again, analysed again where what was proved may have changed.
 
         ``changed`` names the program inputs whose contents are new.
         """
         kinds = {i.name: i.kind for i in self.program.inputs}
-        self.program = self.program.with_values(values)
-        self._derived.clear()
-        self._raised.clear()
-        if any(kinds[name] is not Kind.PARAMETER or name in self.proof.values_read for name in changed):
-            self._analyse()
-            return
-        try:
-            self.derived(1)
-        except FilterGrew:
-            self._analyse()
+        program = self.program.with_values(values)
+        if not any(kinds[n] is not Kind.PARAMETER or n in self.proof.values_read for n in changed):
+            twin = copy.copy(self)
+            twin.program, twin._derived, twin._raised = program, {}, {}
+            try:
+                twin.derived(1)
+                return twin
+            except FilterGrew:
+                pass
+        return Engine(program, self.options, self.model, capacity=self.capacity)
+
+    def enlarged(self, capacity: int) -> Engine:
+        """The engine for a capacity at which a filter leaves the class it was found in."""
+        return Engine(self.program, self.options, self.model, capacity=capacity)
 
     def raised(self, derived: Derived) -> Program:
         """The program with semantic nodes, its filters cut from the derived ones."""

@@ -191,7 +191,7 @@ def laid_out(value: Tensor, strides: Sequence[int]) -> Tensor:
         if stride == 0:
             kept = kept.narrow(axis, 0, 1)
     out = torch.empty_strided(kept.shape, strides, dtype=value.dtype, device=value.device)
-    return out.copy_(kept).as_strided(value.shape, strides)
+    return out.copy_(kept).as_strided(value.shape, strides).detach()
 
 
 def _room(rows: int) -> int:

@@ -35,7 +35,8 @@ class Lane:
             self.tensors: dict[str, Tensor] = dict(derived.constants)
             for name in ("position", "local"):
                 self.tensors[name] = torch.zeros(1, dtype=torch.int64, device=device)
-            self.tensors["row"] = program.example.new_zeros((batch, 1, *program.example.shape[2:]))
+            dtype = widen(program.example.dtype) if derived.double else program.example.dtype
+            self.tensors["row"] = program.example.new_zeros((batch, 1, *program.example.shape[2:]), dtype=dtype)
             for node in step.plan.histories:
                 self.tensors[f"history:{node.name}"] = self._history(node)
             for name, window in step.windows.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,8 @@ class CompiledStep:
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx
 
-        with torch.no_grad(), config.patch(_INDUCTOR):
+        with torch.no_grad(), config.patch(_INDUCTOR), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about torch's own insides
             return compile_fx(self.graph_module, example)
 
     def on(self, tensors: Mapping[str, Tensor]) -> Callable[[], list[Any]]:

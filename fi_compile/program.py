@@ -60,6 +60,13 @@ class Lengths:
         lengths = np.arange(self.minimum, top + 1, dtype=np.int64)
         return lengths[~np.isin(lengths, list(self.holes))] if self.holes else lengths
 
+    def at_least(self, length: int) -> int | None:
+        """The smallest admitted length from ``length`` on, or None."""
+        length = max(length, self.minimum)
+        while length in self.holes:
+            length += 1
+        return length if self.admits(length) else None
+
     def admits(self, length: int) -> bool:
         """Whether the graph may run at this length."""
         return (

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .decoder import Decoder
+from .dynamo import Form
 from .errors import FlashinfError
 from .growing import Growing, laid_out
 
@@ -82,7 +83,7 @@ class Session:
         if self.decoder is None:
             continues = found.common == known.shape[1] < length
         else:
-            continues = 2 * found.common >= length
+            continues = found.common == known.shape[1] or 2 * found.common >= length
         return found if continues and found.common else None
 
     def advance(self, sequence: Tensor, match: Match) -> list[Any]:
@@ -147,17 +148,19 @@ class Session:
             self._weighed = length
         return flat
 
-    def _read(self, length: int, newest: list[Any]) -> list[Any] | None:
+    def _read(self, length: int, newest: list[Tensor]) -> list[Any] | None:
         """The outputs in the graph's own layout; None where a caller's writes have lost some."""
         outputs: list[Any] = []
-        for place, (growing, form) in enumerate(zip(self.outputs, self.door.roles.outputs, strict=True)):
-            value = growing.read(length) if growing is not None else newest[place] if newest else None
-            if growing is not None and value is None:
+        batch, tensors = self.inputs.shape[0], iter(range(len(self.outputs)))
+        for form in self.door.roles.outputs:
+            if not isinstance(form, Form):
+                value = form
+            elif form.dtype is None:
+                value = form.at(batch, length)[0][0]
+            elif (growing := self.outputs[place := next(tensors)]) is None:
+                value = _with_strides(newest[place], form.at(batch, length)[1])
+            elif (value := growing.read(length)) is None:
                 return None
-            if form is not None and form.dtype is None:
-                value = form.at(self.inputs.shape[0], length)[0][0]
-            elif form is not None and growing is None:
-                value = _with_strides(value, form.at(self.inputs.shape[0], length)[1])
             outputs.append(value)
         return outputs
 
@@ -230,9 +233,8 @@ def _bits(value: Tensor) -> Tensor:
     return value.view(_INTEGER[value.element_size()]) if value.dtype.is_floating_point else value
 
 
-def _with_strides(value: Any, strides: tuple[int, ...]) -> Any:
-    same = not isinstance(value, Tensor) or value.stride() == strides
-    return value if same else laid_out(value, strides)
+def _with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
+    return value if value.stride() == strides else laid_out(value, strides)
 
 
 class MemoryLimit(FlashinfError):

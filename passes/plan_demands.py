@@ -27,21 +27,27 @@ _TOLERANCE = 1e-9
 _MOST_ABSORBED = 3
 
 
-def plan_demands(analysis: Consistency, recognise: Recognise) -> Plan:
+def plan_demands(
+    analysis: Consistency, recognise: Recognise, is_local: Callable[[fx.Node], bool]
+) -> Plan:
     """Plan one step: which units run, what they read, and what is kept.
 
     Requires: the consistency of the program's nodes. Ensures: every output's newest row is computed by the units
     from the new row of the sequence, histories, tables and the mixers' own states. ``recognise(analysis, unit, x)``
-    returns the increment of a unit that needs the whole of the single value ``x``, or None. Raises
-    :class:`Unsupported` when an output is not consistent.
+    returns the increment of a unit that needs the whole of the single value ``x``, or None;
+    ``is_local(node)`` says whether an operator is certified to make each row from the same rows of its arguments.
+    Raises :class:`Unsupported` when an output is not consistent.
     """
-    return _Planner(analysis, recognise).plan()
+    return _Planner(analysis, recognise, is_local).plan()
 
 
 class _Planner:
-    def __init__(self, analysis: Consistency, recognise: Recognise) -> None:
+    def __init__(
+        self, analysis: Consistency, recognise: Recognise, is_local: Callable[[fx.Node], bool]
+    ) -> None:
         self.analysis = analysis
         self.recognise = recognise
+        self.is_local = is_local
         self.program: Program = analysis.program
         self.n = analysis.longest
         self.values = analysis.values[self.n]
@@ -117,7 +123,12 @@ class _Planner:
         for _ in range(_MOST_ABSORBED + 1):
             nodes, inputs = closure(node, self.analysis.consistent, inside)
             candidate = next(
-                (u for u in self.candidates(node, demand, nodes, inputs) if self.reproduces(u)), None
+                (
+                    u
+                    for u in self.candidates(node, demand, nodes, inputs)
+                    if self.is_certified(u) and self.reproduces(u)
+                ),
+                None,
             )
             if candidate is not None:
                 whole = [i for i, d in candidate.reads.items() if d == (ALL,) and self.is_data(i)]
@@ -183,6 +194,12 @@ class _Planner:
             demand.count(ALL) for node, demand in zip(tensors, assignment, strict=True) if self.is_data(node)
         )
         return data, sum(demand.count(ALL) for demand in assignment)
+
+    def is_certified(self, unit: Unit) -> bool:
+        """Reading only new rows needs a certificate: random input of a few lengths cannot rule out a far look."""
+        if any(ALL in demand for demand in unit.reads.values()):
+            return True
+        return all(self.is_local(n) for n in unit.nodes if is_tensor(n) and self.is_data(n))
 
     def reproduces(self, unit: Unit) -> bool:
         return all(self.reproduces_at(unit, t) for t in dict.fromkeys(self.positions))

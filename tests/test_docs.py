@@ -1,5 +1,6 @@
 """Every Python block of the README and of docs/ runs, in order, each document in a namespace of its own."""
 
+import ast
 import linecache
 import re
 import shlex
@@ -96,3 +97,20 @@ def test_ci_runs_what_the_readme_says():
     assert tests in ci
     script = shlex.split(job)[1]
     assert (ROOT / script).exists()
+
+
+def kinds_in_code() -> set[str]:
+    """First arguments of every Refusal and Deny in the library."""
+    found = set()
+    for folder in ("fi_compile", "passes", "kernels"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("Refusal", "Deny"):
+                    kind = node.args[0]
+                    found |= {kind.value} if isinstance(kind, ast.Constant) else set()
+    return found
+
+
+def test_analysis_explains_every_kind_of_refusal():
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "analysis.md").read_text(), re.M)
+    assert sorted(rows) == sorted(kinds_in_code())
