@@ -26,7 +26,7 @@ from .doors import (
     note_report,
     refused_text,
 )
-from .dynamo import Roles, graph_refusal, read_roles
+from .dynamo import Roles, graph_refusal, graph_text, read_roles
 from .errors import InputError, Refusal
 from .options import Options, read_options
 from .report import Report
@@ -135,7 +135,7 @@ class _Artifact:
     def __init__(self, gm: fx.GraphModule, roles: Roles, options: Options, plain: _Plain) -> None:
         self._gm, self._roles, self._options, self._plain = gm, roles, options, plain
         self._plain.patience = _EAGER_PROMPTS
-        self._text = hashlib.sha256(gm.print_readable(print_output=False).encode()).digest()
+        self._text = hashlib.sha256(graph_text(gm, roles).encode()).digest()
         self._own_doors = Doors()  # of a graph that reads no weights
 
     def __call__(self, *args: Any) -> Any:

@@ -48,6 +48,7 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     model cannot be traced.
     """
     failures: list[Exception] = []
+    best: Program | None = None
     second_best: Program | None = None
     for trace_length in _trace_lengths(model, example, length):
         try:
@@ -57,11 +58,14 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
             continue
         odd = disagreements(program, model)
         if not odd:
-            return program
-        if second_best is None and program.lengths.admits(example.shape[1]):
+            if length is None or program.lengths.at_least(length) is not None:
+                return program
+            best = best or program
+        elif second_best is None and program.lengths.admits(example.shape[1]):
             second_best = replace(program, lengths=replace(program.lengths, fewest=max(odd) + 1))
-    if second_best is not None:
-        return second_best
+    found = best or second_best
+    if found is not None:
+        return found
     refusals = [error for error in failures if isinstance(error, Unsupported)]
     if refusals and len(refusals) == len(failures):
         raise refusals[-1]
@@ -161,7 +165,7 @@ def _roughly_equal(short: Tensor, long: Tensor) -> bool:
 
 
 def _trace_lengths(model: nn.Module, example: Tensor, length: int | None) -> list[int]:
-    """Lengths to trace at, best first: near the capacity, near the example, the example's own."""
+    """Lengths to trace at, best first: near the capacity, beyond it, near the example, the example's own."""
     taken = {d + e for t in _tensors(model) for d in t.shape for e in (-1, 0, 1)}
     taken |= {d // 2 + e for d in set(taken) for e in (0, 1)} | {example.shape[-1], 3}
 
@@ -170,7 +174,10 @@ def _trace_lengths(model: nn.Module, example: Tensor, length: int | None) -> lis
         return next(free, None)
 
     own = example.shape[1]
-    wanted = [near(length - 2, 5) if length else None, near(max(own, 61), 5), near(own, 2), own]
+    wanted = [near(max(own, 61), 5), near(own, 2), own]
+    if length is not None:
+        beyond = next(n for n in range(length, length + len(taken) + 1) if n not in taken)
+        wanted = [near(length - 2, 5), beyond, *wanted]
     return list(dict.fromkeys(n for n in wanted if n is not None and n >= 2)) or [own]
 
 

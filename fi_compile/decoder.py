@@ -180,7 +180,6 @@ class Decoder:
         return self._prefill(prompt, wanted)
 
     def _prefill(self, prompt: Tensor, lengths: list[int]) -> Any:
-        self._start(prompt.shape[0], max(lengths, default=0))
         parts = []
         lanes: list[tuple[Lane, list[int]]] = []
         for length in sorted(set(lengths)):
@@ -189,44 +188,35 @@ class Decoder:
             lanes.append((lane, rows))
             sequence = prompt[rows, :length]
             parts.append(self._advance(lane, sequence) if length else [])
-        self._keep(prompt, 0)
-        self._lanes = lanes
-        return self._assemble(parts) if min(lengths, default=0) else None
+        self._start(prompt.shape[0], lanes)
+        self._sequence[:, : prompt.shape[1]] = prompt
+        return self._assemble(parts) if min(lengths) else None
 
     # -- new positions -------------------------------------------------------------------------------------
 
     def step(self, token: Tensor) -> Any:
         """Append one position, ids [B] or features [B, D]; return the outputs there."""
+        self._check_token(token)
         row = token.unsqueeze(1)
-        self._check_row(row)
-        self._check_running()
+        self._ready(row)
         parts = []
-        for index, (lane, rows) in enumerate(self._lanes):
-            lane = self._writable(index, 1)
+        for lane, rows in self._lanes:
             part = row if len(rows) == self._batch else row[rows]
             parts.append(self._newest(lane.step(part, self.engine.step(lane))))
-            self._keep_row(row, lane, rows)
         return self._assemble(parts)
 
     def extend(self, tokens: Tensor) -> Any:
         """Append m positions, ids [B, m] or features [B, m, D]; return the outputs at them, [B, m, …]."""
         self._check_sequence(tokens, "tokens")
         self._check_batch(tokens)
-        self._check_running()
-        parts = []
-        for index, (_, rows) in enumerate(self._lanes):
-            lane = self._writable(index, tokens.shape[1])
-            parts.append(self._extend_lane(index, lane, tokens[rows]))
-        self._keep_each(tokens)
-        return self._assemble(parts)
+        self._ready(tokens)
+        return self._assemble([self._extend_lane(lane, rows, tokens[rows]) for lane, rows in self._lanes])
 
-    def _extend_lane(self, index: int, lane: Lane, tokens: Tensor) -> list[Any]:
+    def _extend_lane(self, lane: Lane, rows: list[int], tokens: Tensor) -> list[Any]:
         many = tokens.shape[1]
         total = lane.position + many
         if many >= _LEAST_BY_FORWARD and many * _FORWARD_SHARE >= total and self.engine.runs_at(total):
-            rows = self._lanes[index][1]
-            sequence = torch.cat([self._sequence[rows, : lane.position], tokens], 1)
-            flat = self._fill(lane, sequence)
+            flat = self._fill(lane, self._sequence[rows, :total])
             return self._span(flat, total - many, many)
         run = self.engine.step(lane)
         steps = [lane.step(tokens[:, i : i + 1], run) for i in range(many)]
@@ -250,7 +240,8 @@ class Decoder:
                 part = [row for row in rows if wanted[row] == target]
                 lane = self._writable(index, 0)
                 if len(targets) > 1:
-                    lane = lane.select(torch.tensor([rows.index(row) for row in part]))
+                    picks = torch.tensor([rows.index(row) for row in part])
+                    lane = lane.select(picks, self._derived(len(part), lane.derived.capacity))
                 if not lane.rewind(target):
                     lane = Lane(lane.derived, lane.batch)
                     self._advance(lane, self._sequence[part, :target])
@@ -288,12 +279,13 @@ class Decoder:
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    def _start(self, batch: int, length: int = 0) -> None:
-        self._batch = batch
-        derived = self._derived(batch, length + 1)
+    def _start(self, batch: int, lanes: list[tuple[Lane, list[int]]] | None = None) -> None:
+        """Take over new lanes; without any, one that is empty."""
+        lanes = lanes or [(Lane(self._derived(batch, 1), batch), list(range(batch)))]
+        room = max(lane.derived.capacity for lane, _ in lanes)
         example = self.engine.program.example
-        self._sequence = example.new_zeros((batch, derived.capacity, *example.shape[2:]))
-        self._lanes = [(Lane(derived, batch), list(range(batch)))]
+        self._sequence = example.new_zeros((batch, room, *example.shape[2:]))
+        self._lanes, self._batch = lanes, batch
 
     def _derived(self, batch: int, needed: int) -> Any:
         return self.engine.derived(batch, self.engine.capacity_for(needed))
@@ -316,15 +308,34 @@ class Decoder:
             lane.fill(sequence.shape[1], taps)
         return flat
 
+    def _ready(self, tokens: Tensor) -> None:
+        """Make every lane our own, with room for tokens [B, m(, D)], and keep those."""
+        self._check_running()
+        many, fewest = tokens.shape[1], self.engine.program.lengths.fewest
+        if min(lane.position for lane, _ in self._lanes) + many < fewest:
+            raise InputError(
+                f"below {fewest} positions this model computes another function; prefill at least {fewest}"
+            )
+        for index in range(len(self._lanes)):
+            self._writable(index, many)
+        for lane, rows in self._lanes:
+            self._reserve(lane.position + many)
+            part = self._sequence[:, lane.position : lane.position + many]
+            if len(rows) == self._batch:
+                part.copy_(tokens)
+            else:
+                part[rows] = tokens[rows]
+
     def _writable(self, index: int, more: int) -> Lane:
         """Lane ``index``, our own and with room for ``more`` positions."""
-        lane, rows = self._lanes[index]
-        needed = lane.position + more
-        if needed > lane.derived.capacity:
-            lane = self._grown(lane, rows, self.engine.capacity_for(needed, grow=True))
-        elif lane.owners > 1:
-            lane.owners -= 1
-            lane = lane.moved(lane.derived)
+        old, rows = self._lanes[index]
+        lane, needed = old, old.position + more
+        if needed > old.derived.capacity:
+            lane = self._grown(old, rows, self.engine.capacity_for(needed, grow=True))
+        elif old.owners > 1:
+            lane = old.moved(old.derived)
+        if lane is not old:
+            old.owners -= 1
         self._lanes[index] = (lane, rows)
         return lane
 
@@ -333,18 +344,33 @@ class Decoder:
         try:
             return lane.moved(self.engine.derived(lane.batch, capacity))
         except FilterGrew:
-            self.engine = self.engine.enlarged(capacity)
-        for index, (other, members) in enumerate(self._lanes):
-            fresh = Lane(self.engine.derived(other.batch, capacity), other.batch)
-            self._advance(fresh, self._sequence[members, : other.position])
-            self._lanes[index] = (fresh, members)
-        return next(own for own, members in self._lanes if members == rows)
+            former, self.engine = self.engine, self.engine.enlarged(capacity)
+        lanes = []
+        try:
+            for other, members in self._lanes:
+                fresh = Lane(self._derived(other.batch, capacity), other.batch)
+                self._advance(fresh, self._sequence[members, : other.position])
+                lanes.append((fresh, members))
+        except BaseException:
+            self.engine = former
+            raise
+        self._lanes = lanes
+        return next(own for own, members in lanes if members == rows)
 
     def _renew_weights(self) -> None:
         changed = self._watch.changed()
         if changed:
+            current = self._watch.current()
+            for name, value in current.items():
+                known = self.engine.program.values[name]
+                if (value.shape, value.dtype, value.device) != (known.shape, known.dtype, known.device):
+                    raise InputError(
+                        f"{name!r} was {known.dtype} {list(known.shape)} and now is {value.dtype} "
+                        f"{list(value.shape)}: make a new decoder"
+                    )
+            self.engine = self.engine.renewed(current, changed)
             self._watch.remember()
-            self.engine = self.engine.renewed(self._watch.current(), changed)
+            self._start(self._batch)  # whatever comes next, the old state is of the old weights
 
     # outputs: flat lists in the order of the program's outputs
 
@@ -403,22 +429,6 @@ class Decoder:
 
     # inputs
 
-    def _keep(self, sequence: Tensor, start: int) -> None:
-        self._sequence[:, start : start + sequence.shape[1]] = sequence
-
-    def _keep_row(self, row: Tensor, lane: Lane, rows: list[int]) -> None:
-        self._reserve(lane.position)
-        if len(rows) == self._batch:
-            self._sequence[:, lane.position - 1] = row[:, 0]
-        else:
-            self._sequence[rows, lane.position - 1] = row[rows, 0]
-
-    def _keep_each(self, tokens: Tensor) -> None:
-        for lane, rows in self._lanes:
-            self._reserve(lane.position)
-            start = lane.position - tokens.shape[1]
-            self._sequence[rows, start : lane.position] = tokens[rows]
-
     def _reserve(self, length: int) -> None:
         short = length - self._sequence.shape[1]
         if short > 0:
@@ -441,15 +451,12 @@ class Decoder:
         if tokens.shape[0] != self._batch:
             raise InputError(f"tokens: expected a batch of {self._batch}, found {tokens.shape[0]}")
 
-    def _check_row(self, row: Tensor) -> None:
-        example = self.engine.program.example
-        expected = (self._batch, 1, *example.shape[2:])
-        if row.shape != expected:
-            raise InputError(
-                f"token: expected shape {[self._batch, *example.shape[2:]]}, "
-                f"found {[row.shape[0], *row.shape[2:]]}"
-            )
-        self._check_kind(row, "token")
+    def _check_token(self, token: Any) -> None:
+        expected = [self._batch, *self.engine.program.example.shape[2:]]
+        found = list(token.shape) if isinstance(token, Tensor) else type(token).__name__
+        if found != expected:
+            raise InputError(f"token: expected shape {expected}, found {found}")
+        self._check_kind(token, "token")
 
     def _check_sequence(self, value: Any, what: str) -> None:
         example = self.engine.program.example

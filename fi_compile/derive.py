@@ -49,7 +49,7 @@ class Derived:
 def derive(
     step: StepProgram,
     values: Mapping[str, Tensor],
-    double_values: Mapping[str, Tensor],
+    filters: Mapping[str, Filter],
     *,
     dtype: torch.dtype,
     block: int,
@@ -58,10 +58,9 @@ def derive(
 ) -> Derived:
     """Evaluate everything that does not depend on the sequence, up to the step's capacity.
 
-    ``values`` are the program's inputs in the model's dtypes, ``double_values`` the same in double precision
-    (filters are extracted from those and rounded once to ``dtype``).
+    ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, were extracted in double
+    precision and are rounded here, once, to ``dtype``.
     """
-    filters = {m.name: m.derive(double_values, step.capacity) for m in step.mixers}
     constants: dict[str, Tensor] = {}
     tables: dict[str, Tensor] = {}
     references: dict[str, dict[str, Tensor]] = {}

@@ -17,17 +17,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from .decoder import build_engine
+from .decoder import Decoder, build_engine
 from .dynamo import Roles, wrap_graph
 from .engine import Engine
-from .errors import CapacityError, FlashinfError, InputError, Refusal, Unsupported
+from .errors import CapacityError, FlashinfError, FlashinfWarning, InputError, Refusal, Unsupported
 from .growing import Growing
 from .options import Options
 from .report import Report
-from .sessions import Match, MemoryLimit, Session, clock, quiet_mode, same_bits
+from .sessions import Match, MemoryLimit, Session, clock, quiet_mode, same_bits, tracing
+from .weights import WeightWatch
 
 _MOST_SESSIONS = 8
 _MOST_DOORS = 8  # per first weight: graphs, options and swapped weights seen together
@@ -36,10 +36,6 @@ _PATIENCE = 0.05  # seconds to wait for another thread that is matching
 _MISSES = 4
 
 _creating = threading.Lock()
-
-
-class FlashinfWarning(UserWarning):
-    """The compiled model runs as given, and why."""
 
 
 class Door:
@@ -55,15 +51,15 @@ class Door:
         self.module = wrap_graph(gm, roles, arguments)
         self.refusals: tuple[Refusal, ...] = ()
         self.sessions: list[Session] = []
-        self.building = threading.RLock()
         self.lock = threading.Lock()
         self._last_length, self._misses = -1, 0
         self._versions = self._weight_versions()
         try:
-            with quiet_mode():
+            with quiet_mode(), tracing():
                 example = arguments[roles.sequence].clone()
                 self.engine: Engine = build_engine(self.module, example, options)
                 self.report: Report = self.engine.report
+                self._watch = WeightWatch(self.engine.program, self.module)
                 self._read_outputs()
         except Exception as error:
             self.refuse(error)
@@ -94,6 +90,14 @@ class Door:
         return [0 if p.is_inference() else p._version for p in self.module.parameters()]
 
     # -- what sessions ask ---------------------------------------------------------------------------------
+
+    def new_decoder(self, batch: int) -> Decoder:
+        """An empty decoder for ``batch`` rows with the weights as they are now."""
+        changed = self._watch.changed()
+        if changed:
+            self._watch.remember()
+            self.engine = self.engine.renewed(self._watch.current(), changed)
+        return Decoder(self.engine, self.module, batch)
 
     def layouts(self, batch: int) -> list[Any]:
         """Per tensor a function of the length giving its shape and strides."""

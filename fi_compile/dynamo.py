@@ -183,6 +183,35 @@ def _paths(nodes: Sequence[fx.Node]) -> list[str]:
     return paths
 
 
+def graph_text(gm: fx.GraphModule, roles: Roles) -> str:
+    """The graph in words that do not depend on names, nor on arguments it does not use.
+
+    Graphs of equal text compute the same function of the sequence and the weights at the same paths.
+    """
+    labels = {roles.sequence: "sequence", **dict(roles.weights)}
+    labels |= {place: f"number {i}" for i, place in enumerate(roles.numbers)}
+    labels |= {place: f"{measure} {axis}" for place, measure, axis in roles.sizes}
+    numbers: dict[fx.Node, str] = {}
+    lines = []
+    placeholders = iter(range(len(labels)))
+    for node in gm.graph.nodes:
+        what = f"{node.op} {node.target} {fx.map_arg((node.args, node.kwargs), lambda n: numbers[n])}"
+        if node.op == "placeholder":
+            what = labels[next(placeholders)]
+            if not node.users:
+                continue
+        elif node.op == "get_attr":
+            value = getattr(gm, str(node.target))
+            what = (
+                value.print_readable(print_output=False)
+                if isinstance(value, fx.GraphModule)
+                else f"{id(value)}"
+            )
+        numbers[node] = f"%{len(lines)}"
+        lines.append(what)
+    return "\n".join(lines)
+
+
 class SequenceModule(nn.Module):
     """A Dynamo graph as a module of the sequence alone; its weights sit at the user's own paths."""
 
@@ -211,7 +240,8 @@ def wrap_graph(gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any]) -> Se
     for place in roles.numbers:
         mapped[placeholders[place]] = arguments[place].item()
     for place, measure, axis in roles.sizes:
-        mapped[placeholders[place]] = graph.call_method(measure, (sequence, axis))
+        if placeholders[place].users:
+            mapped[placeholders[place]] = graph.call_method(measure, (sequence, axis))
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             continue

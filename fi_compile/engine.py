@@ -17,7 +17,7 @@ from .derive import Derived, derive
 from .errors import CapacityError, Refusal, Unsupported
 from .lane import Lane
 from .lower import CompiledStep
-from .mixers.convolution import Convolution, FilterGrew, recognise, verify
+from .mixers.convolution import Convolution, Filter, FilterGrew, classify, recognise, verify
 from .mixers.stack import state_dtype
 from .options import Options
 from .passes.plan_demands import plan_demands
@@ -69,6 +69,7 @@ class Engine:
         self.analysis: Consistency = propose_consistency(self.program)
         self.proof: Proof = prove_prefix(self.program, self.capacity)
         self._proofs: dict[str, str] = {}
+        self._filters: dict[tuple[str, int], Filter] = {}
         self._check_outputs()
         self.analysis = self.analysis.restricted(self.proof.proved)
         self.plan: Plan = self._timed("analyse", self._plan, program=self.program, rewrites=0)
@@ -110,16 +111,29 @@ class Engine:
         if found is None:
             return None
         if self.proof.shift_invariant(unit.exit, {x}):
-            how, length = "proved a causal convolution at every length", min(self.capacity, 512)
+            how = "proved a causal convolution at every length"
+            true = verify(found, analysis.parameters, analysis.longest)
         elif self._is_affine(unit, x):
             how = "proved causal and linear; equals its filter on random input over the whole capacity"
-            length = self.capacity
+            true = verify(found, analysis.parameters, self.capacity)
         else:
             return None
-        if not verify(found, analysis.parameters, length):
+        if not true:
             return None
-        self._proofs[unit.exit.name] = how
-        return found
+        derived = found.derive(self.double_values, self.capacity)
+        chosen = classify(found, derived.kernel)
+        try:  # weights that happen to be zero must not decide the kind: moved ones are asked too
+            chosen.derive(analysis.parameters, analysis.longest)
+        except FilterGrew:
+            chosen = classify(found, found.derive(analysis.parameters, self.capacity).kernel)
+        self._filters[found.name, self.capacity] = chosen.cut(derived)
+        self._proofs[found.name] = how
+        return chosen
+
+    @cached_property
+    def double_values(self) -> dict[str, Tensor]:
+        """The program's inputs in double precision."""
+        return twin_values(self.program)
 
     def _is_affine(self, unit: Unit, x: fx.Node) -> bool:
         """Whether every operator between ``x`` and the unit's exit is certified affine in what comes from x."""
@@ -239,12 +253,18 @@ class Engine:
             self._derived[key] = derive(
                 step,
                 dict(self.program.values),
-                twin_values(self.program),
+                {mixer.name: self._filter(mixer, capacity) for mixer in step.mixers},
                 dtype=self.dtype,
                 block=self.options.block,
                 batch=batch,
             )
         return self._derived[key]
+
+    def _filter(self, mixer: Convolution, capacity: int) -> Filter:
+        key = (mixer.name, capacity)
+        if key not in self._filters:
+            self._filters[key] = mixer.derive(self.double_values, capacity)
+        return self._filters[key]
 
     def _prove_up_to(self, capacity: int) -> None:
         """See that the certificate, and what was read off filters, hold at a larger capacity too."""
@@ -260,7 +280,7 @@ class Engine:
             mixer = unit.mixer
             if mixer is None or proof.shift_invariant(unit.exit, {mixer.x}):
                 continue
-            if not verify(mixer, twin_values(self.program), capacity):
+            if not verify(mixer, self.double_values, capacity, self._filter(mixer, capacity)):
                 raise FilterGrew(mixer.name)
         self.proof = proof
 
@@ -278,7 +298,8 @@ class Engine:
         program = self.program.with_values(values)
         if not any(kinds[n] is not Kind.PARAMETER or n in self.proof.values_read for n in changed):
             twin = copy.copy(self)
-            twin.program, twin._derived, twin._raised = program, {}, {}
+            twin.program, twin._derived, twin._raised, twin._filters = program, {}, {}, {}
+            twin.__dict__.pop("double_values", None)
             try:
                 twin.derived(1)
                 return twin
@@ -332,7 +353,7 @@ class Engine:
         twin = derive(
             step,
             analysis.parameters,
-            analysis.parameters,
+            {mixer.name: mixer.derive(analysis.parameters, n) for mixer in step.mixers},
             dtype=torch.float64,
             block=5,
             batch=sequence.shape[0],

@@ -57,3 +57,7 @@ class InputError(FlashinfError, ValueError):
 
 class DecoderBroken(FlashinfError):
     """A step was interrupted half way; call ``reset()`` or ``prefill()`` before going on."""
+
+
+class FlashinfWarning(UserWarning):
+    """A model, or a step, runs otherwise than it was asked to; the message says how and why."""

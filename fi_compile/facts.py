@@ -26,12 +26,27 @@ Quantity = int | np.ndarray
 EVERYWHERE = 1 << 40
 
 
+# What to change, by kind of refusal, where a rule knows nothing better.
+_HINTS = {
+    "data_dependent": "index by positions or parameters, not by what the sequence contains",
+    "length_as_value": "use x.shape[1] in sizes and slices only; take positions from a fixed table",
+    "merged": "keep batch and sequence as separate axes, or merge and split them in one order",
+    "misaligned": "let every value start at position 0: pad in front and cut at the end",
+    "mixes_positions": "mask later positions first, or reduce over features instead of positions",
+    "non_causal": "check masks, flips, shifts and the side that is padded",
+    "random": "call model.eval(); draw nothing at random in forward",
+    "spectrum": "use spectra only between rfft and irfft of one length, as products with a filter's spectrum",
+    "unknown_operator": "write it with operators that have a rule, or add a rule",
+}
+_HINT = "if every output depends on earlier positions only, please report the model"
+
+
 class Deny(Exception):
     """A rule's refusal: ``kind`` a short word, ``reason`` a sentence, ``hint`` what to change."""
 
     def __init__(self, kind: str, reason: str, hint: str | None = None) -> None:
         super().__init__(reason)
-        self.kind, self.reason, self.hint = kind, reason, hint
+        self.kind, self.reason, self.hint = kind, reason, hint or _HINTS.get(kind, _HINT)
 
 
 def tidy(value: Any) -> Quantity:

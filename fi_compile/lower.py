@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .errors import FlashinfWarning
 from .step import StepProgram
 
 log = logging.getLogger(__name__)
 
 # Above this many rows a product with a weight is a matrix product; below, reading the weight is all it costs.
 _MOST_ROWS_BY_SUM = 2
+
+_STATE = ("history:", "ring:", "block_inputs", "block_pending")
+_CHECKED_STEPS = 3
 
 _INDUCTOR = {
     "realize_opcount_threshold": 0,  # else a norm is recomputed for every row of the product that follows
@@ -32,6 +36,16 @@ def _small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         return NotImplemented
     out = (weight * x.unsqueeze(-2)).sum(-1)
     return out if bias is None else out + bias
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return bool(torch.equal(a, b))
+    if not a.numel():
+        return True
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(a.dtype, 0.1)
+    scale = float(a.abs().max())
+    return bool(((a - b).abs() <= tolerance * max(scale, 1e-30)).all())
 
 
 class CompiledStep:
@@ -63,6 +77,11 @@ class CompiledStep:
             )(*example)
         self.graph_module.graph.eliminate_dead_code()
         self.run = self.graph_module if how == "eager" else self._inductor(example)
+        if how != "eager" and not self._compiles_truly(example):
+            warnings.warn(
+                "the compiled step disagrees with its own graph; it runs uncompiled", FlashinfWarning, stacklevel=2
+            )
+            self.run = self.graph_module
         self.milliseconds = 1e3 * (time.perf_counter() - start)
 
     def _inductor(self, example: list[Tensor]) -> Any:
@@ -72,6 +91,27 @@ class CompiledStep:
         with torch.no_grad(), config.patch(_INDUCTOR), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about torch's own insides
             return compile_fx(self.graph_module, example)
+
+    def _compiles_truly(self, example: list[Tensor]) -> bool:
+        """Whether the compiled step and its graph agree on outputs and on every tensor they write, over some steps.
+
+        A compiler that reorders writes to state is silent about it; three steps on random state are not.
+        """
+        generator = torch.Generator().manual_seed(5)
+        graph, compiled = ([t.detach().clone() for t in example] for _ in range(2))
+        for name, a, b in zip(self.names, graph, compiled, strict=True):
+            if name.startswith(_STATE) and a.is_floating_point():
+                a.copy_(torch.randn(a.shape, generator=generator, dtype=torch.float32))
+                b.copy_(a)
+            elif name in ("position", "local"):
+                a.zero_()
+                b.zero_()
+        with torch.no_grad():
+            for _ in range(_CHECKED_STEPS):
+                pairs = zip(self.graph_module(*graph), self.run(*compiled), strict=True)
+                if not all(_agree(a, b) for a, b in pairs):
+                    return False
+        return all(_agree(a, b) for a, b in zip(graph, compiled, strict=True))
 
     def on(self, tensors: Mapping[str, Tensor]) -> Callable[[], list[Any]]:
         """The step on one lane's tensors, which it reads and writes in place."""

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.convert_frame import compile_lock
 from torch.utils import _pytree as pytree
 
 from .decoder import Decoder
@@ -101,7 +103,9 @@ class Session:
             if start < decoder.inputs.shape[1]:
                 decoder.rewind(start)
                 self._truncate(start)
-            newest = self._extend(sequence[:, start:])
+            may_compile = match.index is not None or decoder.capacity < length
+            with tracing() if may_compile else contextlib.nullcontext():
+                newest = self._extend(sequence[:, start:])
         outputs = self._read(length, newest)
         if outputs is None:
             self._private = True
@@ -122,13 +126,9 @@ class Session:
     def _rebuild(self, sequence: Tensor) -> list[Any]:
         """Decode the whole sequence with the weights as they are."""
         door, batch, length = self.door, sequence.shape[0], sequence.shape[1]
-        with door.building:
+        with tracing():
             make_room(self, door.estimate(batch, length))
-            if self.decoder is None or self.decoder.batch != batch:
-                self.decoder = Decoder(door.engine, door.module, batch)
-            else:
-                self.decoder.reset()
-            self._prompt = None
+            self.decoder, self._prompt = door.new_decoder(batch), None
             self.outputs = door.fresh_outputs(batch, self._private)
             newest = self._extend(sequence)
         outputs = self._read(length, newest)
@@ -267,6 +267,13 @@ def state_bytes() -> int:
 def _living() -> list[Session]:
     with _registering:
         return list(_sessions)
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Trace while no other thread compiles; one that calls a compiled model meanwhile runs it uncompiled."""
+    with compile_lock, dynamo_config.patch(error_on_nested_fx_trace=False):
+        yield
 
 
 @contextlib.contextmanager

@@ -28,17 +28,21 @@ class WeightWatch:
     """
 
     def __init__(self, program: Program, model: nn.Module | None) -> None:
-        self.program = program
-        self.watched = [] if model is None else list(_find(program, model))
+        self.program, self.model = program, model
         self.remember()
 
     def remember(self) -> None:
         """Take the present tensors and versions as the known ones."""
+        self.watched = self._found()
+        self._modules = [] if self.model is None else list(_submodules(self.program, self.model))
         self._known = [(w.owner, w.key, t := w.owner[w.key], _version(t)) for w in self.watched]
         self._sums = [checksum(tensor) for _, _, tensor, _ in self._known]
 
     def unchanged(self) -> bool:
-        """Whether every watched tensor is the same object at the same version."""
+        """Whether every watched tensor, and every module on the way to one, is the same object and version."""
+        for owner, key, module in self._modules:
+            if owner.get(key) is not module:
+                return False
         for owner, key, tensor, version in self._known:
             if owner.get(key) is not tensor or (version is not None and tensor._version != version):
                 return False
@@ -46,12 +50,13 @@ class WeightWatch:
 
     def changed(self) -> list[str]:
         """Program inputs whose tensor, version or contents are no longer the known ones."""
+        current = self.current()
         return [
             watched.name
-            for watched, (owner, key, tensor, version), known in zip(
+            for watched, (_, _, tensor, version), known in zip(
                 self.watched, self._known, self._sums, strict=True
             )
-            if owner[key] is not tensor
+            if current.get(watched.name) is not tensor
             or (version is not None and tensor._version != version)
             or checksum(tensor) != known
         ]
@@ -64,7 +69,10 @@ class WeightWatch:
 
     def current(self) -> dict[str, Tensor]:
         """The model's present tensors by program input."""
-        return {w.name: w.owner[w.key] for w in self.watched}
+        return {w.name: w.owner[w.key] for w in self._found()}
+
+    def _found(self) -> list[_Watched]:
+        return [] if self.model is None else list(_find(self.program, self.model))
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -84,6 +92,19 @@ def _find(program: Program, model: nn.Module) -> Iterable[_Watched]:
             if isinstance(owner.get(key), Tensor):
                 yield _Watched(owner, key, spec.name, spec.kind)
                 break
+
+
+def _submodules(program: Program, model: nn.Module) -> Iterable[tuple[Mapping[str, Any], str, nn.Module]]:
+    """Every module on the way to a watched tensor, with the table and key its parent holds it under."""
+    paths = {spec.path.rpartition(".")[0] for spec in program.inputs if spec.path is not None}
+    steps = {".".join(path.split(".")[: i + 1]) for path in paths if path for i in range(path.count(".") + 1)}
+    for step in sorted(steps):
+        parent, _, key = step.rpartition(".")
+        try:
+            owner = model.get_submodule(parent)
+            yield owner._modules, key, owner.get_submodule(key)
+        except AttributeError:
+            continue
 
 
 def checksum(tensor: Tensor) -> int:

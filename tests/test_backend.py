@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fi_compile
 from fi_compile import sessions
 from fi_compile.doors import FlashinfWarning, doors_of
+from fi_compile.lane import Lane
 
 VOCAB = 11
 OPTIONS = {"step": "eager", "fallback": "eager", "block": 8}
@@ -174,7 +175,7 @@ def test_last_position_only_keeps_no_outputs(counted: Counted):
             ids = extended(ids)
     assert counted.plain == 2
     (session,) = door_of(model).sessions
-    assert session.outputs == [None, None]
+    assert session.outputs == [None]
 
 
 class Swapped(nn.Module):
@@ -330,7 +331,7 @@ def test_beams_are_followed(counted: Counted):
         for _ in range(12):
             assert_like(fast(ids), model(ids))
             ids = extended(ids[torch.randint(0, 3, (3,))])
-    assert counted.plain == 1
+    assert counted.plain == 2, "one row, three rows: Dynamo makes a graph for each"
 
 
 def test_a_common_beginning_is_forked(counted: Counted):
@@ -470,7 +471,7 @@ def test_memory_limit_runs_the_fallback_and_says_so(counted: Counted):
 def test_memory_limit_drops_the_session_used_longest_ago():
     gc.collect()
     model = language_model()
-    fast, prompts = compiled(model, memory_limit=45_000 + sessions.state_bytes()), []
+    fast, prompts = compiled(model, memory_limit=32_000), []
     with torch.inference_mode():
         for _ in range(4):
             ids = random_ids(1, 5)
@@ -480,7 +481,7 @@ def test_memory_limit_drops_the_session_used_longest_ago():
             prompts.append(ids)
         decoded = [s for s in door_of(model).sessions if s.decoder is not None]
         assert 1 <= len(decoded) < 4
-        assert sum(s.nbytes for s in decoded) <= 45_000
+        assert sum(s.nbytes for s in decoded) <= 32_000
         assert torch.equal(decoded[-1].inputs, prompts[-1][:, :-1])
         for ids in prompts:
             assert_like(fast(ids), model(ids))
@@ -499,8 +500,11 @@ def test_max_length(counted: Counted):
 def test_two_threads():
     model = language_model()
     fast, failures = compiled(model), []
-    with torch.inference_mode():
-        fast(random_ids(1, 4))
+    with torch.inference_mode():  # tracing is for one thread: warm up
+        ids = random_ids(1, 4)
+        for _ in range(4):
+            fast(ids)
+            ids = extended(ids)
 
     def work(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -680,7 +684,7 @@ def test_an_interrupt_drops_the_session(monkeypatch: pytest.MonkeyPatch):
             fast(ids)
             ids = extended(ids)
         with monkeypatch.context() as patch:
-            patch.setattr(fi_compile.engine.CompiledStep, "__call__", interrupted)
+            patch.setattr(Lane, "step", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 fast(ids)
         assert door_of(model).sessions == []

@@ -99,13 +99,17 @@ class Convolution:
                     "check the weights for NaN and the filter for growing exponentials",
                 )
             )
+        return self.cut(Filter(kernel, _offset(zero[0])))
+
+    def cut(self, derived: Filter) -> Filter:
+        """The filter cut to what this kind of increment keeps; raises :class:`FilterGrew` where it needs more."""
         if self.kind == "short_conv":
-            if _support(kernel) > self.support:
+            if _support(derived.kernel) > self.support:
                 raise FilterGrew(self.name)
-            kernel = kernel[:, : self.support]
-        if self.kind == "scan" and not _is_constant(kernel):
+            return replace(derived, kernel=derived.kernel[:, : self.support])
+        if self.kind == "scan" and not _is_constant(derived.kernel):
             raise FilterGrew(self.name)
-        return Filter(kernel, _offset(zero[0]))
+        return derived
 
 
 class FilterGrew(Exception):
@@ -155,11 +159,10 @@ class UnitFunction:
             )
 
 
-def recognise(analysis: Consistency, unit: Unit, x: fx.Node, capacity: int) -> Convolution | None:
-    """The convolution a unit is, or None.
+def recognise(analysis: Consistency, unit: Unit, x: fx.Node, length: int) -> Convolution | None:
+    """The convolution a unit is, or None: probed on random input at a sampled length, of kind ``long_conv``.
 
-    Probes the unit on random input at a sampled length; the class of the filter (``short_conv`` up to 256 lags,
-    ``scan`` where constant, else ``long_conv``) is read off its response over the whole ``capacity``.
+    ``length``: how many lags its filter is taken to have.
     """
     if not _only_x_is_data(analysis, unit, x):
         return None
@@ -174,28 +177,24 @@ def recognise(analysis: Consistency, unit: Unit, x: fx.Node, capacity: int) -> C
         return None
     if source is None:
         return None
-    found = Convolution(
-        analysis.program,
-        unit,
-        x,
-        "long_conv",
-        layout_in,
-        layout_out,
-        source,
-        capacity,
-        _parameters_behind(analysis.program, unit, x),
+    behind = _parameters_behind(analysis.program, unit, x)
+    return Convolution(
+        analysis.program, unit, x, "long_conv", layout_in, layout_out, source, length, behind
     )
-    kernel = found.derive(analysis.parameters, capacity).kernel
+
+
+def classify(found: Convolution, kernel: Tensor) -> Convolution:
+    """Choose the kind of increment by a filter's response [Cout, capacity].
+
+    ``scan`` where the filter is constant, ``short_conv`` up to 256 lags, else ``long_conv``.
+    """
+    capacity = kernel.shape[1]
     support = _support(kernel)
     if capacity > 2 and _is_constant(kernel):
-        return _of_kind(found, "scan", capacity)
+        return replace(found, kind="scan")
     if support <= min(_LONGEST_WINDOW, max(capacity // 2, 1)):
-        return _of_kind(found, "short_conv", support)
+        return replace(found, kind="short_conv", support=support)
     return found
-
-
-def _of_kind(found: Convolution, kind: str, support: int) -> Convolution:
-    return replace(found, kind=kind, support=support)
 
 
 def _only_x_is_data(analysis: Consistency, unit: Unit, x: fx.Node) -> bool:
@@ -274,14 +273,16 @@ def convolve(x: Tensor, kernel: Tensor) -> Tensor:
     return torch.fft.irfft(spectrum, n=size)[..., :n]
 
 
-def verify(found: Convolution, values: Mapping[str, Tensor], length: int) -> bool:
+def verify(
+    found: Convolution, values: Mapping[str, Tensor], length: int, derived: Filter | None = None
+) -> bool:
     """Whether the unit equals its filter on random input over a whole length (Freivalds' check).
 
     Both sides are linear in the input, so a random input that agrees settles the identity of the two matrices up
     to rounding, with probability one.
     """
     function = UnitFunction(found.program, found.unit, found.x, found.layout_in, values, length)
-    derived = found.derive(values, length)
+    derived = derived or found.derive(values, length)
     generator = torch.Generator().manual_seed(11)
     flat = torch.randn(1, found.layout_in.count, length, dtype=torch.float64, generator=generator)
     flat = flat.to(function.device)

@@ -1,0 +1,24 @@
+"""What all tests share: the options of the command line and a fixed random state."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write the golden texts anew instead of comparing"
+    )
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether golden texts are written anew."""
+    return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture
+def without_gradients():
+    """No autograd, and a random state that no other test sees."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,138 @@
+"""A decoder computes what the model's full forward computes: every model of the corpus, at every position."""
+
+import pytest
+import torch
+from corpus import FALSE_ALARMS, LAST_ONLY, OTHERS, SPELLINGS, TRAPS, scale_weights
+from corpus.false_alarms import Lonely
+from decoding import decoded, decoder, features, gap, module, rounding, stacked
+
+import fi_compile
+
+WIDTH, LENGTH = 6, 130
+SOUND = {**SPELLINGS, **OTHERS, **FALSE_ALARMS}
+TOLERANCE = 1e-10
+
+# Sound models that are refused all the same. This list may shrink; a new entry is a regression.
+REFUSED = {
+    "fft_real_arithmetic": "complex products spelled in real and imaginary parts",
+    "direct_toeplitz_index_select": "the length appears as a value in a table of indices",
+    "spectrum_buffer": "the filter is given as a spectrum: its support is known only by value",
+    "attention_delta_rule": "solve_triangular has no rule",
+    "zero_times_future": "a mean over all positions, times zero",
+}
+REFUSED_LAST = {"gather": "the length appears as a value in a table of indices"}
+
+# The trace pins a comparison with the length: exact, but not up to any length.
+SHORTER = {"fft_n_power_of_two": 128, "hyena_2": 129, "hyena_3": 129}
+
+
+@pytest.fixture(autouse=True)
+def _quiet(without_gradients):
+    pass
+
+
+def length_of(name: str) -> int:
+    return SHORTER.get(name, LENGTH)
+
+
+@pytest.mark.parametrize("name", [n for n in SOUND if n not in REFUSED])
+def test_decoding_equals_the_full_forward(name):
+    length = length_of(name)
+    model, x = module(SOUND[name], WIDTH, LENGTH).double(), features(2, length, WIDTH)
+    dec = decoder(model, x[:, :9], max_length=length)
+    expected = model(x)
+    # Of causal models alone: outputs at every position agree with runs of that length.
+    for n in (1, 2, 31, 32, 33, 100):
+        assert gap(model(x[:, :n]), expected[:, :n]) < TOLERANCE
+    for prompt in (1, 7):
+        assert gap(decoded(dec, x, prompt), expected[:, prompt - 1 :]) < TOLERANCE
+    for prompt in (2, 31, 32, 33, length):
+        assert gap(dec.prefill(x[:, :prompt]), expected[:, prompt - 1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_needlessly(name):
+    with pytest.raises(fi_compile.Unsupported):
+        decoder(module(SOUND[name], WIDTH, LENGTH), features(2, 9, WIDTH).float(), max_length=LENGTH)
+
+
+@pytest.mark.parametrize("name", LAST_ONLY)
+def test_models_that_return_one_position(name):
+    model, x = module(LAST_ONLY[name], WIDTH, LENGTH).double(), features(2, 100, WIDTH)
+    assert isinstance(model, Lonely)
+    if name in REFUSED_LAST:
+        with pytest.raises(fi_compile.Unsupported):
+            decoder(model, x[:, :9], max_length=LENGTH)
+        return
+    dec = decoder(model, x[:, :9], max_length=LENGTH)
+    for prompt in (1, 7):
+        rows = [dec.prefill(x[:, :prompt])] + [dec.step(x[:, t]) for t in range(prompt, 100)]
+        assert rows[0].shape == model(x[:, :prompt]).shape
+        found = stacked([row.reshape(2, WIDTH) for row in rows])
+        assert gap(found, model.every_position(x)[:, prompt - 1 :]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", [n for n in SPELLINGS if n not in REFUSED])
+def test_float32_stays_within_rounding(name):
+    length = length_of(name)
+    model, x = module(SPELLINGS[name], WIDTH, LENGTH), features(2, length, WIDTH).float()
+    dec = decoder(model, x[:, :9], max_length=length)
+    assert rounding(dec, model, module(SPELLINGS[name], WIDTH, LENGTH).double(), x, 1) <= 3
+
+
+# One of each kind of filter, transform, and shape of the data path.
+LONG = (
+    "fft_scale_on_filter",
+    "fft_n_taps_plus_length_minus_1",
+    "fft_conj_of_reversed",
+    "fft_channel_last_dim_1",
+    "filter_implicit_mlp_decay",
+    "filter_complex_modes",
+    "filter_rational_fixed_length",
+    "finite_fft",
+    "short_conv1d_dilated",
+    "outer_product_heads",
+    "filter_bank",
+    "series_gated",
+    "hyena_3",
+)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_sequences(name):
+    width, length = 4, 2049
+    model, x = module(SPELLINGS[name], width, 2060).double(), features(1, length, width)
+    dec = decoder(model, x[:, :9], max_length=length)
+    expected = model(x)
+    assert gap(decoded(dec, x, 1), expected) < TOLERANCE
+    assert gap(decoded(dec, x[:, :1100], 1000), expected[:, 999:1100]) < TOLERANCE
+    assert gap(decoded(dec, x[:, :500], 7), expected[:, 6:500]) < TOLERANCE
+    assert gap(dec.extend(x[:, 500:]), expected[:, 500:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["fft_scale_on_filter", "filter_real_modes", "hyena_2"])
+def test_long_sequences_in_float32(name):
+    width, length = 4, 2049
+    model, x = module(SPELLINGS[name], width, 2060), features(1, length, width).float()
+    dec = decoder(model, x[:, :9], max_length=length)
+    double = module(SPELLINGS[name], width, 2060).double()
+    assert rounding(dec, model, double, x, 1) <= 3
+    assert rounding(dec, model, double, x, 1000) <= 3
+
+
+# Here torch itself cuts the filter to the transform's length beyond that; a longer capacity is another error.
+GUARDED = {"conv_kernel_l_max": 64, "conv_kernel_2L": 65}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_traps_are_refused_with_a_reason(name):
+    factory, _ = TRAPS[name]
+    model = scale_weights(factory(WIDTH, LENGTH), 0).eval()
+    with pytest.raises(fi_compile.Unsupported) as caught:
+        decoder(model, features(2, 9, WIDTH).float(), max_length=GUARDED.get(name, 128))
+    first = caught.value.refusals[0]
+    assert first.kind.isidentifier()
+    assert len(first.reason) > 20
+    assert first.hint
+    assert first.kind == "trace" or (first.nodes and first.source)
+    assert first.reason in str(caught.value)
