@@ -12,6 +12,7 @@ decoder's logits were compared with the plain forward's at every position.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -45,7 +46,7 @@ def naive_total(decoder: fi_compile.Decoder, ids: Tensor) -> tuple[float, dict[i
     derived = engine.derived(1, engine.capacity_for(n))
     cost = {m: seconds(lambda m=m: engine.forward(ids[:, :m], derived)) for m in lengths}
     total = 64 * cost[64] / 2
-    for a, b in zip(lengths, lengths[1:], strict=False):
+    for a, b in itertools.pairwise(lengths):
         total += (b - a) * (cost[a] + cost[b]) / 2
     return total, cost
 

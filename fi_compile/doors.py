@@ -295,8 +295,7 @@ def last_report() -> Report | None:
 def note_report(report: Report, door: Door | None = None) -> None:
     """Make this the newest report; the global keeps its text, not the weights its snapshots hold."""
     global _newest
-    snapshots = tuple(replace(s, program=None, graph=None) for s in report.snapshots)
-    _newest = replace(report, snapshots=snapshots), None if door is None else weakref.ref(door)
+    _newest = report.detached(), None if door is None else weakref.ref(door)
 
 
 def refused_text(refusals: Sequence[Refusal]) -> str:

@@ -26,9 +26,13 @@ _PATH = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z]\w*
 _ONE_INPUT = "pass one sequence, [B, s] or [B, s, D]; compute masks and positions inside the model"
 
 
+# One pair of symbols for all graphs, so that the forms of two graphs can be compared.
+BATCH, LENGTH = sympy.symbols("batch length", integer=True, positive=True)
+
+
 @dataclass(frozen=True)
 class Form:
-    """What one output of the graph looks like: sizes and strides as expressions in ``batch`` and ``length``.
+    """What one output of the graph looks like: sizes and strides as expressions in the batch and the length.
 
     An output that is a size itself has ``dtype`` None and itself as its only size.
     """
@@ -36,12 +40,10 @@ class Form:
     dtype: torch.dtype | None
     shape: tuple[Any, ...]
     strides: tuple[Any, ...]
-    batch: Any
-    length: Any
 
     def at(self, batch: int, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shape and strides for ``batch`` rows of ``length`` positions."""
-        symbols = {self.length: length, self.batch: batch}
+        symbols = {LENGTH: length, BATCH: batch}
         return _values(self.shape, symbols), _values(self.strides, symbols)
 
     def bytes_at(self, batch: int, length: int) -> int:
@@ -56,18 +58,12 @@ class Form:
 
 @dataclass(frozen=True)
 class Roles:
-    """The arguments of a Dynamo graph by position, and its outputs: a form each, or the constant itself.
-
-    ``batch`` and ``length`` are the symbols of the sequence's first two sizes; a batch that Dynamo took for a
-    constant is an int.
-    """
+    """The arguments of a Dynamo graph by position, and its outputs: a form each, or the constant itself."""
 
     sequence: int
     weights: tuple[tuple[int, str], ...]  # position, path in the user's model
     numbers: tuple[int, ...]  # Python floats of the model, passed as tensors without dimensions
     sizes: tuple[tuple[int, str, int], ...]  # position, "size" or "stride", the sequence's axis
-    batch: Any
-    length: sympy.Symbol
     outputs: tuple[Any, ...]
 
     @property
@@ -123,12 +119,13 @@ def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Ref
         elif not isinstance(value, Tensor):
             return _unsupported_input(placeholders[place], f"a {type(value).__name__}")
     paths = _paths([placeholders[p] for p in weights])
-    outputs = tuple(_form(node, batch, length) for node in flat_outputs(gm))
+    symbols = {length: LENGTH} | ({batch: BATCH} if isinstance(batch, sympy.Symbol) else {})
+    outputs = tuple(_form(node, symbols) for node in flat_outputs(gm))
     for form in outputs:
-        if isinstance(form, Form) and not form.symbols <= {batch, length}:
+        if isinstance(form, Form) and not form.symbols <= {BATCH, LENGTH}:
             return _unsupported_input(placeholders[sequence], "laid out in memory as its caller likes")
     named = tuple(zip(weights, paths, strict=True))
-    return Roles(sequence, named, tuple(numbers), tuple(sizes), batch, length, outputs)
+    return Roles(sequence, named, tuple(numbers), tuple(sizes), outputs)
 
 
 def flat_outputs(gm: fx.GraphModule) -> tuple[Any, ...]:
@@ -137,14 +134,18 @@ def flat_outputs(gm: fx.GraphModule) -> tuple[Any, ...]:
     return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
-def _form(node: Any, batch: Any, length: Any) -> Any:
+def _form(node: Any, symbols: dict[Any, sympy.Symbol]) -> Any:
+    def canonical(size: Any) -> Any:
+        size = as_expr(size)
+        return size.xreplace(symbols) if isinstance(size, sympy.Basic) else size
+
     value: Any = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     if isinstance(value, torch.SymInt):
-        return Form(None, (as_expr(value),), (), batch, length)
+        return Form(None, (canonical(value),), ())
     if not isinstance(value, Tensor):
         return node
-    shape, strides = (tuple(as_expr(v) for v in vs) for vs in (value.shape, value.stride()))
-    return Form(value.dtype, shape, strides, batch, length)
+    shape, strides = (tuple(canonical(v) for v in sizes) for sizes in (value.shape, value.stride()))
+    return Form(value.dtype, shape, strides)
 
 
 def _values(expressions: tuple[Any, ...], symbols: dict[Any, int]) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
@@ -12,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from .derive import Derived, derive
+from .describe import describe
 from .errors import CapacityError, Refusal, Unsupported
 from .lane import Lane
 from .lower import CompiledStep
@@ -30,10 +31,9 @@ from .passes.propose_consistency import (
 from .passes.prove_prefix import Proof, prove_prefix
 from .passes.raise_mixers import raise_mixers
 from .program import Kind, Program, is_tensor, source_of
-from .report import MixerReport, Report, Snapshot
-from .schedule import Schedule
+from .report import Report, Snapshot
 from .step import StepProgram
-from .text import graph_text, program_text
+from .text import program_text
 from .twin import random_sequence, twin_values, widen_call
 from .units import Plan, Unit, take_row
 
@@ -61,14 +61,14 @@ class Engine:
         self._derived: dict[tuple[int, int], Derived] = {}
         self._raised: dict[int, Program] = {}
         self._steps: dict[Any, CompiledStep] = {}
-        self._snapshots: list[Snapshot] = []
+        self.snapshots: list[Snapshot] = []
         self._analyse()
 
     def _analyse(self) -> None:
         self._timed("trace", lambda: None, program=self.program, rewrites=0)
         self.analysis: Consistency = propose_consistency(self.program)
         self.proof: Proof = prove_prefix(self.program, self.capacity)
-        self._proofs: dict[str, str] = {}
+        self.verdicts: dict[str, str] = {}
         self._filters: dict[tuple[str, int], Filter] = {}
         self._check_outputs()
         self.analysis = self.analysis.restricted(self.proof.proved)
@@ -127,7 +127,7 @@ class Engine:
         except FilterGrew:
             chosen = classify(found, found.derive(analysis.parameters, self.capacity).kernel)
         self._filters[found.name, self.capacity] = chosen.cut(derived)
-        self._proofs[found.name] = how
+        self.verdicts[found.name] = how
         return chosen
 
     @cached_property
@@ -156,7 +156,8 @@ class Engine:
         program = result if isinstance(result, Program) else program
         log.info("%s: %d rewrites, %.1f ms", name, rewrites, spent)
         if program is not None:
-            self._snapshots.append(Snapshot(name, spent, rewrites, program_text(program), program))
+            text = program_text(program)
+            self.snapshots.append(Snapshot(name, spent, rewrites, text, program.run, program.graph))
         return result
 
     # -- facts ---------------------------------------------------------------------------------------------
@@ -225,7 +226,9 @@ class Engine:
         capacity = self.capacity
         if self.most is not None and needed > self.most:
             if grow or needed > self.most + 1:
-                hint = "" if self.options.max_length else "; give max_length to trace the model for longer ones"
+                hint = (
+                    "" if self.options.max_length else "; give max_length to trace the model for longer ones"
+                )
                 raise CapacityError(f"{needed} positions exceed {self.most}, the most there may be{hint}")
             needed = self.most
         if grow and needed > capacity and not self.options.growth:
@@ -384,62 +387,24 @@ class Engine:
 
     # -- report --------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def report(self) -> Report:
         """What was found and how it runs."""
-        derived = self.derived(1)
-        snapshots = list(self._snapshots)
-        for compiled in list(self._steps.values())[:1]:
-            text = graph_text(compiled.graph_module.graph)
-            snapshots.append(
-                Snapshot("split", compiled.milliseconds, 0, text, graph=compiled.graph_module.graph)
-            )
-        schedule = Schedule(self.options.block, self.capacity) if derived.bank is not None else None
-        return Report(
-            verdict="proved",
-            certificate=tuple(self.proof.steps),
-            mixers=tuple(self._mixer_report(unit) for unit in self.plan.units if self._looks_back(unit)),
-            snapshots=tuple(snapshots),
-            schedule=schedule,
-            state_bytes=Lane(derived, 1).state_bytes,
-            capacity=self.capacity,
-        )
+        return describe(self)
 
-    def _looks_back(self, unit: Unit) -> bool:
-        return unit.mixer is not None or any(node in self.plan.histories for node in unit.reads)
+    def step_graph(self) -> CompiledStep:
+        """The step graph of one sequence, traced but not compiled."""
+        lane = Lane(self.derived(1), 1)
+        return CompiledStep(lane.derived.step, lane.tensors, "eager")
 
-    def _mixer_report(self, unit: Unit) -> MixerReport:
-        name, source = module_path(unit.exit), source_of(unit.exit)
-        mixer = unit.mixer
-        if mixer is None:
-            kind, lowering = ("region", "history") if unit.is_region else ("attention", "kv_cache")
-            cost = "all rows so far, recomputed" if unit.is_region else "one row against all rows so far"
-            return MixerReport(name, kind, source, None, None, (), "proved", lowering, cost)
-        lowering = {"long_conv": "tiles", "short_conv": "window", "scan": "running_sum"}[mixer.kind]
-        taps = mixer.support if mixer.kind == "short_conv" else None
-        cost = {
-            "tiles": "C·(K/2 + O(log² L)) multiply-adds",
-            "window": f"{taps}·C multiply-adds",
-            "running_sum": "C additions",
-        }[lowering]
-        length = None if mixer.kind == "scan" else mixer.support
-        channels = mixer.layout_out.count
-        return MixerReport(
-            name,
-            mixer.kind,
-            source,
-            channels,
-            length,
-            mixer.depends_on,
-            self._proofs[mixer.name],
-            lowering,
-            cost,
-        )
-
-
-def module_path(node: fx.Node) -> str:
-    """The path of the module whose forward made a node, or the node's own name at the top."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0]), "")
-    path = re.sub(r"^L\['\w+'\]\.?", "", path)  # Dynamo's word for the module that was compiled
-    return path or node.name
+    def decode(self, sequence: Tensor) -> Any:
+        """The outputs on a whole sequence, computed position by position by the step program."""
+        lane = Lane(self.derived(sequence.shape[0]), sequence.shape[0])
+        run = CompiledStep(lane.derived.step, lane.tensors, "eager").on(lane.tensors)
+        steps = [lane.step(sequence[:, t : t + 1], run) for t in range(sequence.shape[1])]
+        flat = []
+        for place, node in enumerate(self.program.outputs):
+            axes = self.plan.axes.get(node, ())
+            values = [step[place] for step in steps]
+            flat.append(torch.cat(values, axes[0]) if axes else values[-1])
+        return pytree.tree_unflatten(flat, self.program.out_spec)

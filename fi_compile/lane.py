@@ -15,6 +15,7 @@ from .mixers.window import drop_rows, ring_rows
 from .program import as_expr
 from .twin import widen
 
+
 class Lane:
     """Rows of a batch in lockstep, with everything kept of their past.
 
@@ -36,7 +37,9 @@ class Lane:
             for name in ("position", "local"):
                 self.tensors[name] = torch.zeros(1, dtype=torch.int64, device=device)
             dtype = widen(program.example.dtype) if derived.double else program.example.dtype
-            self.tensors["row"] = program.example.new_zeros((batch, 1, *program.example.shape[2:]), dtype=dtype)
+            self.tensors["row"] = program.example.new_zeros(
+                (batch, 1, *program.example.shape[2:]), dtype=dtype
+            )
             for node in step.plan.histories:
                 self.tensors[f"history:{node.name}"] = self._history(node)
             for name, window in step.windows.items():

@@ -75,14 +75,26 @@ class CompiledStep:
                 decomposition_table={torch.ops.aten.linear.default: _small_linear},
                 pre_dispatch=True,
             )(*example)
-        self.graph_module.graph.eliminate_dead_code()
+        self._name_placeholders()
         self.run = self.graph_module if how == "eager" else self._inductor(example)
         if how != "eager" and not self._compiles_truly(example):
             warnings.warn(
-                "the compiled step disagrees with its own graph; it runs uncompiled", FlashinfWarning, stacklevel=2
+                "the compiled step disagrees with its own graph; it runs uncompiled",
+                FlashinfWarning,
+                stacklevel=2,
             )
             self.run = self.graph_module
         self.milliseconds = 1e3 * (time.perf_counter() - start)
+
+    def _name_placeholders(self) -> None:
+        """Give the step graph's inputs the names the step program knows them by."""
+        graph = self.graph_module.graph
+        graph.eliminate_dead_code()
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        for node, name in zip(placeholders, self.names, strict=True):
+            node._rename(name.replace(":", "_").replace(".", "_"))
+            node.target = node.name
+        self.graph_module.recompile()
 
     def _inductor(self, example: list[Tensor]) -> Any:
         from torch._inductor import config

@@ -12,7 +12,6 @@ from .errors import InputError
 _CHOICES = {
     "fallback": ("inductor", "eager"),
     "step": ("inductor", "eager"),
-    "verify": ("quick", "full", "off"),
 }
 
 
@@ -25,7 +24,6 @@ class Options:
     ``block``: the base block K, positions summed directly in the step before tiles take over.
     ``step``: how a step runs, ``inductor`` or ``eager`` (no compiler, slow, for tests).
     ``fallback``: what runs a model that is refused under ``torch.compile``.
-    ``verify``: how long the falsification test is, in which the decoder is compared with the model.
     ``memory_limit``: bytes of state all sessions of the transparent mode may hold together.
     """
 
@@ -35,7 +33,6 @@ class Options:
     block: int = 32
     step: str = "inductor"
     fallback: str = "inductor"
-    verify: str = "quick"
     memory_limit: int = 4 << 30
 
     def __post_init__(self) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
 
 from .errors import Refusal
-from .program import Program
 from .schedule import Schedule
 
 
@@ -48,23 +48,18 @@ class MixerReport:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A program after one pass: readable ``text`` and, where it still reads whole sequences, the ``program``.
+    """A program after one pass: readable ``text``, its ``graph``, and ``run``.
 
-    ``run(sequence)`` computes the model's outputs with it.
+    ``run(sequence)`` computes the model's outputs with it; the ``split`` snapshot, which is a step graph, runs once
+    per position.
     """
 
     name: str
     milliseconds: float
     rewrites: int
     text: str = field(repr=False)
-    program: Program | None = field(default=None, repr=False)
-    graph: fx.Graph | None = field(default=None, repr=False)
-
-    def run(self, sequence: Tensor) -> Any:
-        """The model's outputs on a whole sequence, computed by this snapshot."""
-        if self.program is None:
-            raise TypeError(f"the {self.name} snapshot is a step graph: it runs inside a decoder")
-        return self.program.run(sequence)
+    run: Callable[[Tensor], Any] = field(repr=False)
+    graph: fx.Graph | None = field(repr=False)
 
     def __str__(self) -> str:
         return f"# {self.name}: {self.rewrites} rewrites, {self.milliseconds:.1f} ms\n{self.text}"
@@ -84,6 +79,12 @@ class Report:
     capacity: int = 0
     notes: tuple[str, ...] = ()
 
+    def detached(self) -> Report:
+        """The same without what its snapshots hold of the model."""
+        return replace(
+            self, snapshots=tuple(replace(s, run=_model_is_gone, graph=None) for s in self.snapshots)
+        )
+
     def __str__(self) -> str:
         parts = [f"flashinf: {self.verdict}"]
         if self.refusals:
@@ -102,6 +103,10 @@ class Report:
             parts.append("passes\n" + _indent("\n".join(lines)))
         parts.extend(f"note: {note}" for note in self.notes)
         return "\n\n".join(parts)
+
+
+def _model_is_gone(sequence: Tensor) -> Any:
+    raise RuntimeError("the model this snapshot was taken of is gone")
 
 
 def _indent(text: str) -> str:

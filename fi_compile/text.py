@@ -31,7 +31,9 @@ def graph_text(graph: fx.Graph) -> str:
     """A step graph as text."""
     lines = []
     for node in graph.nodes:
-        if node.op == "call_function":
+        if node.op == "placeholder":
+            lines.append(f"%{node.name}{_shape(node, {})} = input")
+        elif node.op == "call_function":
             lines.append(f"%{node.name}{_shape(node, {})} = {_call(node, {})}")
         elif node.op == "output":
             lines.append(f"return {_value(node.args[0], {})}")

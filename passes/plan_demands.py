@@ -16,20 +16,17 @@ import torch
 from torch import Tensor, fx
 
 from fi_compile.errors import Refusal, Unsupported
+from fi_compile.passes.propose_consistency import Consistency, agrees, explain_inconsistency
 from fi_compile.program import Program, is_tensor, source_of
 from fi_compile.twin import widen_call
 from fi_compile.units import ALL, NEW, Demand, Plan, Unit, closure, run_unit, take_row, zero_tail
-
-from .propose_consistency import Consistency, agrees, explain_inconsistency
 
 Recognise = Callable[[Consistency, Unit, fx.Node], Any]
 _TOLERANCE = 1e-9
 _MOST_ABSORBED = 3
 
 
-def plan_demands(
-    analysis: Consistency, recognise: Recognise, is_local: Callable[[fx.Node], bool]
-) -> Plan:
+def plan_demands(analysis: Consistency, recognise: Recognise, is_local: Callable[[fx.Node], bool]) -> Plan:
     """Plan one step: which units run, what they read, and what is kept.
 
     Requires: the consistency of the program's nodes. Ensures: every output's newest row is computed by the units

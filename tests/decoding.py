@@ -10,14 +10,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fi_compile
-from corpus import SPELLINGS, OTHERS, LanguageModel, scale_weights
+from corpus import OTHERS, SPELLINGS, LanguageModel, scale_weights
 
 EAGER = {"step": "eager"}
 VOCAB = 11
 
 
 def language_model(
-    *mixers: str, width: int = 6, l_max: int = 256, seed: int = 0, dtype: torch.dtype = torch.float64, **style: Any
+    *mixers: str,
+    width: int = 6,
+    l_max: int = 256,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    **style: Any,
 ) -> nn.Module:
     """A model of the named mixers, ids [B, L] -> logits, with weights under which every mixer matters."""
     table = {**SPELLINGS, **OTHERS}

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from corpus import SPELLINGS, TRAPS, LanguageModel, scale_weights
-from corpus.models import register_output
 from torch import Tensor, nn
 
 import fi_compile
+from corpus import SPELLINGS, TRAPS, LanguageModel, scale_weights
+from corpus.models import register_output
 from fi_compile import sessions
 from fi_compile.doors import FlashinfWarning, doors_of
 from fi_compile.lane import Lane
@@ -75,6 +75,14 @@ def assert_like(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> Non
     assert found.dtype == expected.dtype
     assert found.stride() == expected.stride()
     assert (found - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1)
+
+
+def decode(fast: Callable, model: Callable, ids: Tensor, calls: int) -> Tensor:
+    """Call both on a growing prefix and compare; the prefix of the next call."""
+    for _ in range(calls):
+        assert_like(fast(ids), model(ids))
+        ids = extended(ids)
+    return ids
 
 
 # -- a growing prefix --------------------------------------------------------------------------------------
@@ -364,10 +372,14 @@ def test_plain_evaluation_builds_no_state(counted: Counted):
 def test_repeated_misses_warn_once():
     model = language_model()
     fast = compiled(model)
-    with torch.inference_mode(), pytest.warns(FlashinfWarning, match="none continues") as found:
+
+    def evaluate() -> None:
         for length in range(5, 20):
             ids = random_ids(2, length)
             assert_like(fast(ids), model(ids))
+
+    with torch.inference_mode(), pytest.warns(FlashinfWarning, match="none continues") as found:
+        evaluate()
     assert len(found) == 1
 
 
@@ -460,9 +472,7 @@ def test_memory_limit_runs_the_fallback_and_says_so(counted: Counted):
     model = language_model()
     fast, ids = compiled(model, memory_limit=4000), random_ids(1, 5)
     with torch.inference_mode(), pytest.warns(FlashinfWarning, match="memory_limit") as found:
-        for _ in range(6):
-            assert_like(fast(ids), model(ids))
-            ids = extended(ids)
+        decode(fast, model, ids, 6)
     assert len(found) == 1
     assert counted.plain == 6
     assert sum(s.nbytes for s in door_of(model).sessions) <= 4000
@@ -491,9 +501,7 @@ def test_max_length(counted: Counted):
     model = language_model()
     fast, ids = compiled(model, max_length=9), random_ids(1, 5)
     with torch.inference_mode(), pytest.warns(FlashinfWarning, match="not decoded incrementally") as found:
-        for _ in range(8):
-            assert_like(fast(ids), model(ids))
-            ids = extended(ids)
+        decode(fast, model, ids, 8)
     assert len(found) == 1
 
 
@@ -536,9 +544,7 @@ def test_refused_models_run_as_given_with_one_warning(trap: str, dynamic: bool |
     model = scale_weights(LanguageModel([factory(6, 128)], 6, VOCAB, l_max=128), 0).eval()
     fast, ids = compiled(model, dynamic=dynamic), random_ids(2, 5)
     with torch.inference_mode(), pytest.warns(FlashinfWarning, match="runs this model as given") as found:
-        for _ in range(5):
-            assert torch.equal(fast(ids), model(ids))
-            ids = extended(ids)
+        decode(fast, model, ids, 5)
     assert len(found) == 1
     report = fi_compile.last_report()
     assert report is not None
@@ -561,22 +567,23 @@ def test_gradients_are_the_models_and_a_growing_prefix_warns_once():
             assert torch.allclose(p.grad, g, rtol=1e-4, atol=1e-5)
         model.zero_grad()
     with pytest.warns(FlashinfWarning, match="inference_mode") as warned:
-        for _ in range(5):
-            assert_like(fast(ids).detach(), model(ids).detach())
-            ids = extended(ids)
+        decode(fast, model, ids, 5)
     assert len(warned) == 1
 
 
 def test_training_mode_with_dropout():
     model = nn.Sequential(language_model(), nn.Dropout(0.5)).train()
     fast, ids = compiled(model), random_ids(2, 5)
+
+    def seeded(run: Callable) -> Callable:
+        def call(ids: Tensor) -> Tensor:
+            torch.manual_seed(ids.shape[1])
+            return run(ids)
+
+        return call
+
     with torch.no_grad(), pytest.warns(FlashinfWarning, match="training mode") as found:
-        for _ in range(3):
-            torch.manual_seed(1)
-            expected = model(ids)
-            torch.manual_seed(1)
-            assert torch.equal(fast(ids), expected)
-            ids = extended(ids)
+        decode(seeded(fast), seeded(model), ids, 3)
     assert len(found) == 1
 
 
@@ -614,11 +621,12 @@ class Masked(nn.Module):
 def test_other_inputs_are_refused_by_name():
     model = Masked().eval()
     fast, ids = compiled(model), random_ids(2, 4)
+
+    def masked(run: Callable) -> Callable:
+        return lambda ids: run(ids, torch.ones(ids.shape))
+
     with torch.inference_mode(), pytest.warns(FlashinfWarning, match="ids, mask") as found:
-        for _ in range(3):
-            mask = torch.ones(ids.shape)
-            assert torch.equal(fast(ids, mask), model(ids, mask))
-            ids = extended(ids)
+        decode(masked(fast), masked(model), ids, 3)
     assert len(found) == 1
 
 
@@ -630,9 +638,7 @@ def test_autocast_is_refused():
         torch.autocast("cpu", torch.bfloat16),
         pytest.warns(FlashinfWarning, match="autocast"),
     ):
-        for _ in range(3):
-            assert torch.equal(fast(ids), model(ids))
-            ids = extended(ids)
+        decode(fast, model, ids, 3)
 
 
 def test_ids_out_of_range_raise_what_the_model_raises():

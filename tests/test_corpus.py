@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor, nn
+from torch._dynamo.exc import UserError
+
 from corpus import (
     DEPENDS,
     DETOURS,
@@ -25,9 +29,6 @@ from corpus.false_alarms import Lonely
 from corpus.random_models import FLAWED_MIXERS
 from corpus.spellings import Conv
 from corpus.traps import DATA_TRAPS
-from hypothesis import HealthCheck, Phase, given, settings
-from torch import Tensor, nn
-from torch._dynamo.exc import UserError
 
 WIDTH, L_MAX = 6, 200
 PAIRS = ((1, 2), (2, 5), (7, 23), (41, 63), (5, 130), (64, 129), (129, 130))

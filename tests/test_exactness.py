@@ -1,12 +1,11 @@
 """A decoder computes what the model's full forward computes: every model of the corpus, at every position."""
 
 import pytest
-import torch
+
+import fi_compile
 from corpus import FALSE_ALARMS, LAST_ONLY, OTHERS, SPELLINGS, TRAPS, scale_weights
 from corpus.false_alarms import Lonely
 from decoding import decoded, decoder, features, gap, module, rounding, stacked
-
-import fi_compile
 
 WIDTH, LENGTH = 6, 130
 SOUND = {**SPELLINGS, **OTHERS, **FALSE_ALARMS}

@@ -140,9 +140,7 @@ class UnitFunction:
             shape = (batch, self.length, *example.shape[2:])
             sequence = example.new_zeros((1,) * len(shape)).expand(shape)
             others = [n for n in self.unit.reads if n is not self.x]
-            self._fixed[batch] = self.program.evaluate(
-                sequence, self.values, keep=others, rewrite=widen_call
-            )
+            self._fixed[batch] = self.program.evaluate(sequence, self.values, keep=others, rewrite=widen_call)
         return self._fixed[batch]
 
     def zeros(self, batch: int) -> Tensor:
@@ -178,9 +176,7 @@ def recognise(analysis: Consistency, unit: Unit, x: fx.Node, length: int) -> Con
     if source is None:
         return None
     behind = _parameters_behind(analysis.program, unit, x)
-    return Convolution(
-        analysis.program, unit, x, "long_conv", layout_in, layout_out, source, length, behind
-    )
+    return Convolution(analysis.program, unit, x, "long_conv", layout_in, layout_out, source, length, behind)
 
 
 def classify(found: Convolution, kernel: Tensor) -> Convolution:

@@ -1,0 +1,82 @@
+"""Turn an engine into the report a person reads."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from .lane import Lane
+from .program import source_of
+from .report import MixerReport, Report, Snapshot
+from .schedule import Schedule
+from .text import graph_text
+from .units import Unit
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+_LOWERINGS = {"long_conv": "tiles", "short_conv": "window", "scan": "running_sum"}
+_COSTS = {
+    "tiles": "C·(K/2 + O(log² L)) multiply-adds",
+    "window": "M·C multiply-adds",
+    "running_sum": "C additions",
+    "kv_cache": "one row against all rows so far",
+    "history": "all rows so far, recomputed",
+}
+
+
+def describe(engine: Engine) -> Report:
+    """The report on an engine: mixers, schedule, certificate, state, and a snapshot per pass."""
+    derived = engine.derived(1)
+    start = time.perf_counter()
+    graph = engine.step_graph().graph_module.graph
+    spent = 1e3 * (time.perf_counter() - start)
+    looking_back = [unit for unit in engine.plan.units if _looks_back(engine, unit)]
+    split = Snapshot("split", spent, len(engine.plan.units), graph_text(graph), engine.decode, graph)
+    return Report(
+        verdict="proved",
+        mixers=tuple(_mixer(engine, unit) for unit in looking_back),
+        snapshots=(*engine.snapshots, split),
+        schedule=Schedule(engine.options.block, engine.capacity) if derived.bank is not None else None,
+        certificate=tuple(engine.proof.steps),
+        state_bytes=Lane(derived, 1).state_bytes,
+        capacity=engine.capacity,
+        notes=tuple(
+            f"{unit.exit.name!r} recomputes all rows every step: no better increment is known for it"
+            for unit in engine.plan.regions
+        ),
+    )
+
+
+def _looks_back(engine: Engine, unit: Unit) -> bool:
+    return unit.mixer is not None or any(node in engine.plan.histories for node in unit.reads)
+
+
+def _mixer(engine: Engine, unit: Unit) -> MixerReport:
+    name, source, mixer = module_path(unit.exit), source_of(unit.exit), unit.mixer
+    if mixer is None:
+        kind, lowering = ("region", "history") if unit.is_region else ("attention", "kv_cache")
+        return MixerReport(
+            name, kind, source, None, None, (), "proved causal at every length", lowering, _COSTS[lowering]
+        )
+    lowering = _LOWERINGS[mixer.kind]
+    return MixerReport(
+        name,
+        mixer.kind,
+        source,
+        mixer.layout_out.count,
+        None if mixer.kind == "scan" else mixer.support,
+        mixer.depends_on,
+        engine.verdicts[mixer.name],
+        lowering,
+        _COSTS[lowering],
+    )
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module whose forward made a node, or the node's own name at the top."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((entry[0] for entry in reversed(list(stack.values())) if entry[0]), "")
+    return path or node.name
