@@ -447,7 +447,7 @@ def test_state_is_freed_with_the_model():
     report = fi_compile.last_report()
     assert report is not None
     assert report.verdict == "proved"
-    assert report.snapshots[0].program is None
+    assert report.snapshots[0].graph is None
 
 
 def test_doors_are_not_saved_or_copied(tmp_path):
