@@ -36,7 +36,7 @@ def describe(engine: Engine) -> Report:
     looking_back = [unit for unit in engine.plan.units if _looks_back(engine, unit)]
     split = Snapshot("split", spent, len(engine.plan.units), graph_text(graph), engine.decode, graph)
     return Report(
-        verdict="proved",
+        verdict=engine.verdict,
         mixers=tuple(_mixer(engine, unit) for unit in looking_back),
         snapshots=(*engine.snapshots, split),
         schedule=Schedule(engine.options.block, engine.capacity) if derived.bank is not None else None,

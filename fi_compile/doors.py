@@ -47,13 +47,15 @@ class Door:
         self, doors: Doors, gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any], options: Options
     ) -> None:
         self.doors, self.roles, self.options = doors, roles, options
-        self.module = wrap_graph(gm, roles, arguments)
+        self.module = nn.Module()
         self.refusals: tuple[Refusal, ...] = ()
         self.sessions: list[Session] = []
         self.lock = threading.Lock()
         self._last_length, self._misses = -1, 0
-        self._versions = self._weight_versions()
+        self._versions: list[int] = []
         try:
+            self.module = wrap_graph(gm, roles, arguments)
+            self._versions = self._weight_versions()
             with quiet_mode(), tracing():
                 example = arguments[roles.sequence].clone()
                 self.engine: Engine = build_engine(self.module, example, options)

@@ -21,6 +21,7 @@ from .lower import CompiledStep
 from .mixers.convolution import Convolution, Filter, FilterGrew, classify, recognise, verify
 from .mixers.stack import state_dtype
 from .options import Options
+from .passes.bound_tables import bound_tables
 from .passes.plan_demands import plan_demands
 from .passes.propose_consistency import (
     Consistency,
@@ -68,6 +69,12 @@ class Engine:
         self._timed("trace", lambda: None, program=self.program, rewrites=0)
         self.analysis: Consistency = propose_consistency(self.program)
         self.proof: Proof = prove_prefix(self.program, self.capacity)
+        self.verdict = "proved"
+        if not self._all_certified():
+            bounded = bound_tables(self.analysis, self.proof.proved, self.capacity)
+            if bounded:
+                self.proof = prove_prefix(self.program, self.capacity, bounded)
+                self.verdict = "numerically bounded"
         self.verdicts: dict[str, str] = {}
         self._filters: dict[tuple[str, int], Filter] = {}
         self._check_outputs()
@@ -83,6 +90,14 @@ class Engine:
             self.analysis, self._recognise, lambda node: proof.row_local(node) or proof.newest(node)
         )
 
+    def _is_certified(self, node: fx.Node) -> bool:
+        """Whether a certificate covers an output: as a sequence, as the newest row, or as a constant."""
+        moving = bool(self.analysis.axes[node].rows) or node not in self.program.input_dependent
+        return self.proof.newest(node) or (self.proof.proved(node) and moving)
+
+    def _all_certified(self) -> bool:
+        return all(self._is_certified(o) for o in self.program.outputs if is_tensor(o))
+
     def _check_outputs(self) -> None:
         """Accept outputs that are consistent *and* proved; raise :class:`Unsupported` on any other."""
         for node in self.program.outputs:
@@ -90,8 +105,7 @@ class Engine:
                 continue
             rows = self.analysis.axes[node].rows
             consistent = node in self.analysis.consistent or not rows
-            data = node in self.program.input_dependent
-            if self.proof.newest(node) or (self.proof.proved(node) and (rows or not data)):
+            if self._is_certified(node):
                 if not consistent:
                     raise Unsupported(explain_inconsistency(self.analysis), *self.proof.refusals)
                 continue
@@ -121,11 +135,13 @@ class Engine:
         if not true:
             return None
         derived = found.derive(self.double_values, self.capacity)
-        chosen = classify(found, derived.kernel)
+        chosen = classify(found, derived.kernel, self.dtype)
         try:  # weights that happen to be zero must not decide the kind: moved ones are asked too
             chosen.derive(analysis.parameters, analysis.longest)
         except FilterGrew:
-            chosen = classify(found, found.derive(analysis.parameters, self.capacity).kernel)
+            chosen = classify(
+                found, found.derive(analysis.parameters, self.capacity).kernel, self.dtype
+            )
         self._filters[found.name, self.capacity] = chosen.cut(derived)
         self.verdicts[found.name] = how
         return chosen
@@ -273,7 +289,10 @@ class Engine:
         """See that the certificate, and what was read off filters, hold at a larger capacity too."""
         if capacity <= self.proof.capacity:
             return
-        proof = prove_prefix(self.program, capacity)
+        bounded = None
+        if self.verdict != "proved":
+            bounded = bound_tables(self.analysis, prove_prefix(self.program, capacity).proved, capacity)
+        proof = prove_prefix(self.program, capacity, bounded)
         for node in self.analysis.consistent:
             if not proof.proved(node):
                 raise CapacityError(

@@ -196,7 +196,7 @@ def explain_inconsistency(analysis: Consistency) -> Refusal:
 
 def _closure(node: fx.Node, consistent: frozenset[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
-    stack = [a for a in node.all_input_nodes]
+    stack = list(node.all_input_nodes)
     while stack:
         current = stack.pop()
         if current in consistent or current in found or is_integer(current):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -129,14 +129,17 @@ class Proof:
         return None if denied is None else denied.reason
 
 
-def prove_prefix(program: Program, capacity: int) -> Proof:
+def prove_prefix(program: Program, capacity: int, bounded: Mapping[fx.Node, float] | None = None) -> Proof:
     """Walk ``program`` once and certify what each node's rule allows.
+
+    ``bounded``: input-independent tables taken as agreeing between lengths, because they were evaluated at all of
+    them, with the bound found.
 
     Requires a functional program. Ensures ``proof.proved(node)`` holds only if the node's values at any
     two admitted lengths up to ``capacity`` agree on the shorter one's rows, for every input. Never raises
     for an unprovable program: ``proof.refusals`` says what stood in the way of its outputs.
     """
-    walker = _Walker(program, capacity)
+    walker = _Walker(program, capacity, bounded or {})
     for node in program.graph.nodes:
         walker.visit(node)
     return walker.finish()
@@ -145,8 +148,8 @@ def prove_prefix(program: Program, capacity: int) -> Proof:
 class _Walker:
     """The context rules run in: facts so far, and sizes evaluated at every length."""
 
-    def __init__(self, program: Program, capacity: int) -> None:
-        self.program = program
+    def __init__(self, program: Program, capacity: int, bounded: Mapping[fx.Node, float]) -> None:
+        self.program, self.bounded = program, bounded
         lengths = program.lengths.upto(capacity)
         batches = _BATCHES if not isinstance(program.batch, int) else (program.batch,)
         self.lengths = np.broadcast_to(lengths, (len(batches), len(lengths))) + np.zeros(
@@ -235,6 +238,8 @@ class _Walker:
         try:
             if node.op == "placeholder":
                 result: Fact | list[Fact] = self._placeholder(node)
+            elif node in self.bounded:
+                result = self._bounded(node)
             elif _picks(node):
                 picked = self.fact(node.args[0])  # type: ignore[arg-type]
                 assert isinstance(picked, list)
@@ -282,6 +287,19 @@ class _Walker:
             fill = value.item()
             self.read_values.add(node.name)
         return Fact(tuple((a,) for a in axes), fill=fill)
+
+    def _bounded(self, node: fx.Node) -> Fact:
+        """A table that was evaluated at every length: each dimension of size s holds positions."""
+        behind, axes = [node], []
+        for n in behind:
+            behind.extend(a for a in n.all_input_nodes if a not in behind)
+        self.read_values |= {n.name for n in behind if n.op == "placeholder"} - {self.program.sequence.name}
+        for size in node.meta["val"].shape:
+            extent = tidy(self.evaluate(as_expr(size)))
+            axes.append((sequence(extent) if same(extent, self.length) else fixed(extent),))
+        condition = f"all lengths evaluated, spread {self.bounded[node]:.1e} of the norm"
+        self.proof.steps.append(Step("numerically bounded", node.name, condition))
+        return Fact(tuple(axes))
 
     def _apply(self, call: Call) -> Fact | list[Fact]:
         node = call.node

@@ -25,6 +25,7 @@ from .reference import REFERENCES
 
 _TOLERANCE = 1e-9
 _NOISE = 1e-14  # lags below this share of the filter's norm are the transform's rounding
+_CLEAR = 1e-10
 _LONGEST_WINDOW = 256
 
 
@@ -106,7 +107,9 @@ class Convolution:
         if self.kind == "short_conv":
             if _support(derived.kernel) > self.support:
                 raise FilterGrew(self.name)
-            return replace(derived, kernel=derived.kernel[:, : self.support])
+            kept = derived.kernel[:, : self.support]
+            missing = self.support - kept.shape[1]  # a filter asked for fewer lags than a window has
+            return replace(derived, kernel=torch.nn.functional.pad(kept, (0, missing)))
         if self.kind == "scan" and not _is_constant(derived.kernel):
             raise FilterGrew(self.name)
         return derived
@@ -179,13 +182,16 @@ def recognise(analysis: Consistency, unit: Unit, x: fx.Node, length: int) -> Con
     return Convolution(analysis.program, unit, x, "long_conv", layout_in, layout_out, source, length, behind)
 
 
-def classify(found: Convolution, kernel: Tensor) -> Convolution:
-    """Choose the kind of increment by a filter's response [Cout, capacity].
+def classify(found: Convolution, kernel: Tensor, dtype: torch.dtype) -> Convolution:
+    """Choose the kind of increment by a filter's response [Cout, capacity], for state of ``dtype``.
 
-    ``scan`` where the filter is constant, ``short_conv`` up to 256 lags, else ``long_conv``.
+    ``scan`` where the filter is constant, ``short_conv`` up to 256 lags, else ``long_conv``. In float64 a filter that
+    fades below the extraction's rounding is not short: only one that ends is.
     """
     capacity = kernel.shape[1]
     support = _support(kernel)
+    if dtype == torch.float64 and not _ends(kernel, support):
+        support = capacity
     if capacity > 2 and _is_constant(kernel):
         return replace(found, kind="scan")
     if support <= min(_LONGEST_WINDOW, max(capacity // 2, 1)):
@@ -306,6 +312,12 @@ def _support(kernel: Tensor) -> int:
     floor = _NOISE * kernel.square().sum(-1, keepdim=True).sqrt()
     live = (kernel.abs() > floor).any(0).nonzero()
     return int(live[-1]) + 1 if live.numel() else 1
+
+
+def _ends(kernel: Tensor, support: int) -> bool:
+    """Whether the last lag of the support stands far above the rounding that follows it."""
+    norm = kernel.square().sum(-1).sqrt()
+    return bool((kernel[:, support - 1].abs() > _CLEAR * norm).any())
 
 
 def _is_constant(kernel: Tensor) -> bool:
