@@ -297,9 +297,8 @@ class Decoder:
         newest: list[Any] = []
         if whole:
             newest = self._newest_of(self._fill(lane, sequence[:, :whole]), whole)
-        run = self.engine.step(lane) if whole < length else None
         for t in range(whole, length):
-            newest = self._newest(lane.step(sequence[:, t : t + 1], run))
+            newest = self._newest(lane.step(sequence[:, t : t + 1], self.engine.step(lane)))
         return newest
 
     def _fill(self, lane: Lane, sequence: Tensor) -> list[Any]:
