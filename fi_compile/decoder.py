@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -180,6 +181,17 @@ class Decoder:
         return self._prefill(prompt, wanted)
 
     def _prefill(self, prompt: Tensor, lengths: list[int]) -> Any:
+        try:
+            lanes, parts = self._filled(prompt, lengths)
+        except FilterGrew:
+            with self._enlarged(self.engine.capacity_for(max(lengths) + 1)):
+                lanes, parts = self._filled(prompt, lengths)
+        self._start(prompt.shape[0], lanes)
+        self._sequence[:, : prompt.shape[1]] = prompt
+        return self._assemble(parts) if min(lengths) else None
+
+    def _filled(self, prompt: Tensor, lengths: list[int]) -> tuple[list[tuple[Lane, list[int]]], list[Any]]:
+        """New lanes brought to the end of each row's prompt, and the newest outputs of each."""
         parts = []
         lanes: list[tuple[Lane, list[int]]] = []
         for length in sorted(set(lengths)):
@@ -188,9 +200,7 @@ class Decoder:
             lanes.append((lane, rows))
             sequence = prompt[rows, :length]
             parts.append(self._advance(lane, sequence) if length else [])
-        self._start(prompt.shape[0], lanes)
-        self._sequence[:, : prompt.shape[1]] = prompt
-        return self._assemble(parts) if min(lengths) else None
+        return lanes, parts
 
     # -- new positions -------------------------------------------------------------------------------------
 
@@ -343,18 +353,24 @@ class Decoder:
         try:
             return lane.moved(self.engine.derived(lane.batch, capacity))
         except FilterGrew:
-            former, self.engine = self.engine, self.engine.enlarged(capacity)
-        lanes = []
+            with self._enlarged(capacity):
+                lanes = []
+                for other, members in self._lanes:
+                    fresh = Lane(self._derived(other.batch, capacity), other.batch)
+                    self._advance(fresh, self._sequence[members, : other.position])
+                    lanes.append((fresh, members))
+        self._lanes = lanes
+        return next(own for own, members in lanes if members == rows)
+
+    @contextlib.contextmanager
+    def _enlarged(self, capacity: int) -> Iterator[None]:
+        """Go over to the engine for a capacity at which a filter leaves its class; back if that fails."""
+        former, self.engine = self.engine, self.engine.enlarged(capacity)
         try:
-            for other, members in self._lanes:
-                fresh = Lane(self._derived(other.batch, capacity), other.batch)
-                self._advance(fresh, self._sequence[members, : other.position])
-                lanes.append((fresh, members))
+            yield
         except BaseException:
             self.engine = former
             raise
-        self._lanes = lanes
-        return next(own for own, members in lanes if members == rows)
 
     def _renew_weights(self) -> None:
         changed = self._watch.changed()

@@ -172,11 +172,10 @@ class Lane:
             new.tensors[f"ring:{name}"].copy_(self.tensors[f"ring:{name}"].index_select(1, index))
         start = self.block_start
         if self.conv is not None:
-            if derived.bank is self.conv.bank:
-                new.conv = self.conv.select_rows(index)
-            else:
-                assert derived.bank is not None
-                new.conv = self.conv.grow(derived.bank)
+            assert derived.bank is not None
+            new.conv = self.conv.select_rows(index)
+            if derived.bank is not self.conv.bank:
+                new.conv = new.conv.grow(derived.bank)
             new.tensors["block_inputs"] = new.conv.block_inputs
             new.tensors["block_pending"] = new.conv.block_pending
             start = self.position - new.conv.local
