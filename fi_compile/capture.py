@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from .errors import Refusal, Unsupported
 from .program import Input, Kind, Lengths, Program, as_expr
 from .symbolic import evaluate_at
-from .twin import random_sequence
+from .twin import random_sequence, twin_values
 
 _KINDS = {
     InputKind.PARAMETER: Kind.PARAMETER,
@@ -38,6 +38,7 @@ _KINDS = {
 # Guards are evaluated up to here to learn which lengths they admit; far beyond any capacity in use.
 _HORIZON = 1 << 21
 _MOST_HOLES = 64
+_MOST_COMPARED = 512  # lengths below the traced range at which model and graph are compared
 
 
 def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None) -> Program:
@@ -115,10 +116,12 @@ def disagreements(program: Program, model: nn.Module) -> list[int]:
     """Lengths the graph is not meant for (below its range, and its holes) where it differs from the model.
 
     There the graph is never run by itself: positions are reached through a longer run, cut by prefix-consistency.
-    Lengths below 64 and holes are all compared, longer ones at a sample.
+    Lengths below 512 and holes are all compared, longer ranges at an even sample; parameters are moved from where
+    they are, so that one that happens to be zero hides nothing.
     """
     low = program.lengths.minimum
-    below = [n for n in range(1, low) if n < 64 or n >= low - 2 or n & (n - 1) == 0 or n % 61 == 0]
+    stride = max(1, low // _MOST_COMPARED)
+    below = [n for n in range(1, low) if n < 64 or n >= low - 2 or n & (n - 1) == 0 or n % stride == 0]
     tested = sorted({*below, *program.lengths.holes})
     if not tested:
         return []
@@ -127,9 +130,17 @@ def disagreements(program: Program, model: nn.Module) -> list[int]:
         return tested
     sequence = _probe(program, longer)
     nodes = [o for o in program.outputs if isinstance(o, fx.Node)]
+    moved = {
+        name: value.to(program.values[name].dtype) for name, value in twin_values(program, perturb=1).items()
+    }
+    named = {str(i.path): moved[i.name] for i in program.inputs if i.kind is Kind.PARAMETER}
+
+    def perturbed(prefix: Tensor) -> Any:
+        return torch.func.functional_call(model, named, (prefix,))
+
     with torch.no_grad():
-        whole = program.evaluate(sequence, keep=nodes)
-        return [n for n in tested if not _equal_prefix(program, model, sequence[:, :n], whole)]
+        whole = program.evaluate(sequence, moved, keep=nodes)
+        return [n for n in tested if not _equal_prefix(program, perturbed, sequence[:, :n], whole)]
 
 
 def _equal_prefix(program: Program, model: nn.Module, sequence: Tensor, whole: dict[fx.Node, Any]) -> bool:

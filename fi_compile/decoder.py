@@ -53,6 +53,10 @@ def build_engine(model: nn.Module, example: Tensor, options: Options) -> Engine:
     if not isinstance(example, Tensor) or example.dim() not in (2, 3) or 0 in example.shape:
         shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise InputError(f"example: expected ids [B, s] or features [B, s, D], found {shape}")
+    if example.is_meta:
+        raise InputError("example: expected a tensor with data, found one on the meta device")
+    if example.is_complex():
+        raise InputError(f"example: expected ids or real features, found {example.dtype}")
     refusals = [*_active_dropout(model), *_not_finite(model)]
     if refusals:
         raise Unsupported(*refusals)
@@ -187,7 +191,8 @@ class Decoder:
             with self._enlarged(self.engine.capacity_for(max(lengths) + 1)):
                 lanes, parts = self._filled(prompt, lengths)
         self._start(prompt.shape[0], lanes)
-        self._sequence[:, : prompt.shape[1]] = prompt
+        used = max(lengths)  # beyond it is padding
+        self._sequence[:, :used] = prompt[:, :used]
         return self._assemble(parts) if min(lengths) else None
 
     def _filled(self, prompt: Tensor, lengths: list[int]) -> tuple[list[tuple[Lane, list[int]]], list[Any]]:
@@ -373,6 +378,11 @@ class Decoder:
             raise
 
     def _renew_weights(self) -> None:
+        if self.model is not None and self._watch.restructured():
+            engine = build_engine(self.model, self.engine.program.example, self.engine.options)
+            self.engine, self._watch = engine, WeightWatch(engine.program, self.model)
+            self._start(self._batch)
+            return
         changed = self._watch.changed()
         if changed:
             current = self._watch.current()

@@ -22,6 +22,7 @@ from .mixers.convolution import Convolution, Filter, FilterGrew, classify, recog
 from .mixers.stack import state_dtype
 from .options import Options
 from .passes.bound_tables import bound_tables
+from .passes.certify_reads import certify_reads
 from .passes.plan_demands import plan_demands
 from .passes.propose_consistency import (
     Consistency,
@@ -87,7 +88,19 @@ class Engine:
     def _plan(self) -> Plan:
         proof = self.proof
         return plan_demands(
-            self.analysis, self._recognise, lambda node: proof.row_local(node) or proof.newest(node)
+            self.analysis,
+            self._recognise,
+            lambda node: proof.row_local(node) or proof.newest(node),
+            lambda unit: certify_reads(self.analysis, unit, self.capacity, self.analysis.parameters),
+        )
+
+    def _still_holds(self, capacity: int) -> bool:
+        """Whether what was settled by asking the units holds for the present weights up to a capacity."""
+        values = self.double_values
+        return all(certify_reads(self.analysis, unit, capacity, values) for unit in self.plan.tested) and all(
+            verify(unit.mixer, values, self.analysis.longest)
+            for unit in self.plan.units
+            if unit.mixer is not None
         )
 
     def _is_certified(self, node: fx.Node) -> bool:
@@ -204,7 +217,10 @@ class Engine:
         if isinstance(program.batch, int) or not self.proof.rows_independent:
             return False
         outputs = [o for o in program.outputs if isinstance(o, fx.Node)]
-        if not all(len(self.plan.batch_axes[o]) == 1 for o in outputs if o in program.input_dependent):
+        kept = [*self.plan.histories, *(u.mixer.x for u in self.plan.units if u.mixer is not None)]
+        if not all(
+            len(self.plan.batch_axes[n]) == 1 for n in (*outputs, *kept) if n in program.input_dependent
+        ):
             return False
         sequence = random_sequence(program, 3, n, seed=0)
         other = random_sequence(program, 3, n, seed=1)
@@ -293,6 +309,10 @@ class Engine:
         if self.verdict != "proved":
             bounded = bound_tables(self.analysis, prove_prefix(self.program, capacity).proved, capacity)
         proof = prove_prefix(self.program, capacity, bounded)
+        if not all(
+            certify_reads(self.analysis, unit, capacity, self.double_values) for unit in self.plan.tested
+        ):
+            raise FilterGrew(self.plan.tested[0].exit.name)
         for node in self.analysis.consistent:
             if not proof.proved(node):
                 raise CapacityError(
@@ -324,7 +344,8 @@ class Engine:
             twin.__dict__.pop("double_values", None)
             try:
                 twin.derived(1)
-                return twin
+                if twin._still_holds(self.capacity):
+                    return twin
             except FilterGrew:
                 pass
         return Engine(program, self.options, self.model, capacity=self.capacity)

@@ -26,6 +26,7 @@ class Lane:
     def __init__(self, derived: Derived, batch: int) -> None:
         self.derived, self.batch = derived, batch
         self.position = 0
+        self.highest = 0  # the most positions the rings have seen: rows further back than their size are gone
         self.broken = False
         self.owners = 1  # decoders that share this lane until one of them writes
         self.run: Callable[[], Sequence[Any]] | None = None  # the compiled step on this lane's tensors
@@ -95,6 +96,7 @@ class Lane:
             self.tensors["row"].copy_(row)
             outputs = run()
         self.position += 1
+        self.highest = max(self.highest, self.position)
         if self.conv is not None:
             self.conv.advance()
         if self.position - self.block_start == self.derived.block:
@@ -122,18 +124,20 @@ class Lane:
             self.conv.restart(length)
         self._begin_block(length)
         self._place(length)
+        self.highest = length
         self.broken = False
 
     def rewind(self, position: int) -> bool:
         """Go back to ``position``; False (and unchanged) where a ring no longer holds what that needs."""
         step = self.derived.step
-        dropped = self.position - position
         for window in step.windows.values():
-            if position and dropped + min(window.reads, position) > ring_rows(window.reads):
+            oldest = position - min(window.reads, position)
+            if position and oldest < self.highest - ring_rows(window.reads):
                 return False
         self.broken = True
-        for name, window in step.windows.items():
-            drop_rows(self.tensors[f"ring:{name}"], window.reads, self.position, position)
+        self.highest = self.highest if position else 0
+        for name in step.windows:
+            drop_rows(self.tensors[f"ring:{name}"], self.position, position)
         for node in step.plan.histories:
             buffer, axis = self.tensors[f"history:{node.name}"], step.axes[node][0]
             buffer.narrow(axis, position, self.position - position).zero_()
@@ -181,4 +185,5 @@ class Lane:
             start = self.position - new.conv.local
         new._begin_block(start)
         new._place(self.position)
+        new.highest = self.highest
         return new

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import sympy
@@ -17,7 +17,17 @@ from torch.utils import _pytree as pytree
 
 from .symbolic import evaluate_at
 
-Rewrite = Callable[[fx.Node, Any, Any], tuple[Any, Any]]
+
+class Rewrite(Protocol):
+    """How an interpretation departs from the graph: other arguments, other results."""
+
+    def __call__(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments to call with."""
+        ...
+
+    def result(self, value: Any) -> Any:
+        """What is kept of a call's result."""
+        ...
 
 
 class Kind(Enum):
@@ -188,7 +198,8 @@ def interpret(
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n])
         if rewrite is not None:
             args, kwargs = rewrite(node, args, kwargs)
-        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        env[node] = value if rewrite is None else rewrite.result(value)
         for used in dead.get(node, ()):
             if free is not None and used not in free and used.op != "placeholder":
                 env.pop(used, None)

@@ -34,18 +34,27 @@ def widen(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def widen_call(
-    node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments with every dtype widened; a factory without a dtype is given one."""
-    args, kwargs = pytree.tree_map_only(torch.dtype, widen, (args, kwargs))
-    result = node.meta.get("val")
-    if isinstance(result, Tensor) and result.dtype in _WIDER and kwargs.get("dtype") is None:
-        schema = getattr(node.target, "_schema", None)
-        made_from_nothing = not any(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes)
-        if made_from_nothing and schema and any(a.name == "dtype" for a in schema.arguments):
-            kwargs = {**kwargs, "dtype": _WIDER[result.dtype]}
-    return args, kwargs
+class _WidenCall:
+    """A call in double precision: dtypes widened, factories given one, single-precision results widened too."""
+
+    def __call__(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        args, kwargs = pytree.tree_map_only(torch.dtype, widen, (args, kwargs))
+        result = node.meta.get("val")
+        if isinstance(result, Tensor) and result.dtype in _WIDER and kwargs.get("dtype") is None:
+            schema = getattr(node.target, "_schema", None)
+            from_nothing = not any(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes)
+            if from_nothing and schema and any(a.name == "dtype" for a in schema.arguments):
+                kwargs = {**kwargs, "dtype": _WIDER[result.dtype]}
+        return args, kwargs
+
+    def result(self, value: Any) -> Any:
+        """Integers times a Python float, say, come out in the default dtype."""
+        if isinstance(value, Tensor):
+            return widen(value) if value.dtype in _WIDER else value
+        return pytree.tree_map_only(Tensor, widen, value) if isinstance(value, (list, tuple)) else value
+
+
+widen_call = _WidenCall()
 
 
 def twin_values(program: Program, *, perturb: int | None = None) -> dict[str, Tensor]:

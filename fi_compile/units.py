@@ -49,6 +49,7 @@ class Plan:
     outputs: tuple[Any, ...]
     axes: Mapping[fx.Node, tuple[int, ...]]  # sequence axes of every tensor node
     batch_axes: Mapping[fx.Node, tuple[int, ...]]
+    tested: tuple[Unit, ...]  # units whose reads no rule certifies: to be asked again at other weights or capacities
 
     @property
     def regions(self) -> tuple[Unit, ...]:
@@ -84,7 +85,8 @@ def run_unit(
         args, kwargs = fx.map_arg((args, kwargs), value)
         if rewrite is not None:
             args, kwargs = rewrite(node, args, kwargs)
-        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        env[node] = result if rewrite is None else rewrite.result(result)
     return env[nodes[-1]]
 
 

@@ -37,11 +37,16 @@ class WeightWatch:
         self._modules = [] if self.model is None else list(_submodules(self.program, self.model))
         self._known = [(w.owner, w.key, t := w.owner[w.key], _version(t)) for w in self.watched]
         self._sums = [checksum(tensor) for _, _, tensor, _ in self._known]
+        self._aliases = [] if self.model is None else list(_other_names(self.model, self.watched))
+        self._structure = self._shape_of_model()
 
     def unchanged(self) -> bool:
         """Whether every watched tensor, and every module on the way to one, is the same object and version."""
         for owner, key, module in self._modules:
             if owner.get(key) is not module:
+                return False
+        for owner, key, tensor in self._aliases:
+            if owner.get(key) is not tensor:
                 return False
         for owner, key, tensor, version in self._known:
             if owner.get(key) is not tensor or (version is not None and tensor._version != version):
@@ -61,6 +66,26 @@ class WeightWatch:
             or checksum(tensor) != known
         ]
 
+    def restructured(self) -> bool:
+        """Whether modules were exchanged, hooked, switched or given other settings, or weights tied: trace again.
+
+        Settings are a module's own numbers, strings, flags and loose tensors, in containers too; what other objects
+        keep is not seen.
+        """
+        return self._shape_of_model() != self._structure
+
+    def _shape_of_model(self) -> tuple[Any, ...]:
+        if self.model is None:
+            return ()
+        modules = tuple((name, _Same(m), _python_side(m)) for name, m in self.model.named_modules())
+        paths: dict[int, list[str]] = {}
+        for name, tensor in (
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ):
+            paths.setdefault(id(tensor), []).append(name)
+        return modules, frozenset(tuple(names) for names in paths.values())
+
     def copy(self) -> WeightWatch:
         """An independent watch that knows what this one knows."""
         twin = object.__new__(WeightWatch)
@@ -73,6 +98,42 @@ class WeightWatch:
 
     def _found(self) -> list[_Watched]:
         return [] if self.model is None else list(_find(self.program, self.model))
+
+
+def _python_side(module: nn.Module) -> tuple[Any, ...]:
+    """What a module's forward may read besides its parameters: settings, tensors in containers, hooks."""
+    own = {k: v for k, v in vars(module).items() if k not in _TORCH_OWN}
+    return _settings(own), tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
+
+
+_TORCH_OWN = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, complex, str, type(None))
+
+
+def _settings(value: Any, depth: int = 3) -> Any:
+    """A comparable image of plain values and tensors, in containers too."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        return _Same(value), _version(value)
+    if depth and isinstance(value, dict):
+        return tuple((str(k), _settings(v, depth - 1)) for k, v in value.items())
+    if depth and isinstance(value, (list, tuple)):
+        return tuple(_settings(v, depth - 1) for v in value)
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """Equal to another reference to the same object, which it keeps alive."""
+
+    what: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.what is self.what
+
+    def __hash__(self) -> int:
+        return id(self.what)
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -92,6 +153,18 @@ def _find(program: Program, model: nn.Module) -> Iterable[_Watched]:
             if isinstance(owner.get(key), Tensor):
                 yield _Watched(owner, key, spec.name, spec.kind)
                 break
+
+
+def _other_names(
+    model: nn.Module, watched: Iterable[_Watched]
+) -> Iterable[tuple[Mapping[str, Any], str, Tensor]]:
+    """Parameters and buffers under names the trace did not keep: tied to a watched one, or unused."""
+    known = {(id(w.owner), w.key) for w in watched}
+    for module in model.modules():
+        for owner in (module._parameters, module._buffers):
+            for key, tensor in owner.items():
+                if tensor is not None and (id(owner), key) not in known:
+                    yield owner, key, tensor
 
 
 def _submodules(program: Program, model: nn.Module) -> Iterable[tuple[Mapping[str, Any], str, nn.Module]]:

@@ -26,25 +26,36 @@ _TOLERANCE = 1e-9
 _MOST_ABSORBED = 3
 
 
-def plan_demands(analysis: Consistency, recognise: Recognise, is_local: Callable[[fx.Node], bool]) -> Plan:
+def plan_demands(
+    analysis: Consistency,
+    recognise: Recognise,
+    is_local: Callable[[fx.Node], bool],
+    certify: Callable[[Unit], bool],
+) -> Plan:
     """Plan one step: which units run, what they read, and what is kept.
 
     Requires: the consistency of the program's nodes. Ensures: every output's newest row is computed by the units
     from the new row of the sequence, histories, tables and the mixers' own states. ``recognise(analysis, unit, x)``
     returns the increment of a unit that needs the whole of the single value ``x``, or None;
-    ``is_local(node)`` says whether an operator is certified to make each row from the same rows of its arguments.
-    Raises :class:`Unsupported` when an output is not consistent.
+    ``is_local(node)`` says whether an operator is certified to make each row from the same rows of its arguments;
+    ``certify(unit)`` settles what no operator's rule does. Raises :class:`Unsupported` when an output is not
+    consistent.
     """
-    return _Planner(analysis, recognise, is_local).plan()
+    return _Planner(analysis, recognise, is_local, certify).plan()
 
 
 class _Planner:
     def __init__(
-        self, analysis: Consistency, recognise: Recognise, is_local: Callable[[fx.Node], bool]
+        self,
+        analysis: Consistency,
+        recognise: Recognise,
+        is_local: Callable[[fx.Node], bool],
+        certify: Callable[[Unit], bool],
     ) -> None:
         self.analysis = analysis
         self.recognise = recognise
         self.is_local = is_local
+        self.certify = certify
         self.program: Program = analysis.program
         self.n = analysis.longest
         self.values = analysis.values[self.n]
@@ -63,13 +74,15 @@ class _Planner:
         for node in reversed(list(self.program.graph.nodes)):
             for demand in sorted(self.demands.get(node, ())):
                 self.units.append(self.unit(node, demand))
+        units = tuple(reversed(self.units))
         return Plan(
-            tuple(reversed(self.units)),
+            units,
             tuple(n for n in self.program.graph.nodes if n in self.histories),
             {node: frozenset(kinds) for node, kinds in self.tables.items()},
             self.program.outputs,
             {node: axes.rows for node, axes in self.analysis.axes.items()},
             {node: axes.batch for node, axes in self.analysis.axes.items()},
+            tuple(u for u in units if u.mixer is None and not self.by_rule(u)),
         )
 
     def rows(self, node: fx.Node) -> tuple[int, ...]:
@@ -123,7 +136,7 @@ class _Planner:
                 (
                     u
                     for u in self.candidates(node, demand, nodes, inputs)
-                    if self.is_certified(u) and self.reproduces(u)
+                    if self.reproduces(u) and self.is_certified(u)
                 ),
                 None,
             )
@@ -193,9 +206,15 @@ class _Planner:
         return data, sum(demand.count(ALL) for demand in assignment)
 
     def is_certified(self, unit: Unit) -> bool:
-        """Reading only new rows needs a certificate: random input of a few lengths cannot rule out a far look."""
+        """Whether more than a few samples says that the rows a unit reads are all it needs."""
+        return self.by_rule(unit) or self.certify(unit)
+
+    def by_rule(self, unit: Unit) -> bool:
+        """Certified without asking the unit: all rows then narrow, or row by row."""
+        if unit.binding == "region":
+            return all(d == (ALL,) for n, d in unit.reads.items() if self.is_data(n))
         if any(ALL in demand for demand in unit.reads.values()):
-            return True
+            return False
         return all(self.is_local(n) for n in unit.nodes if is_tensor(n) and self.is_data(n))
 
     def reproduces(self, unit: Unit) -> bool:

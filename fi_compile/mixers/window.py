@@ -85,16 +85,13 @@ def ring_rows(reads: int) -> int:
     return max(reads, 1) + SLACK
 
 
-def drop_rows(ring: Tensor, reads: int, position: int, kept: int) -> bool:
-    """Go back from ``position`` to ``kept`` positions; False where the ring no longer has what that needs."""
+def drop_rows(ring: Tensor, position: int, kept: int) -> None:
+    """Go back from ``position`` to ``kept`` positions: rows of positions that do not exist yet are zero."""
     size = ring.shape[0]
-    if kept > 0 and position - kept + min(reads, kept) > size:
-        return False
     for dropped in range(kept, min(position, kept + size)):
         ring[dropped % size].zero_()
     if kept == 0:
         ring.zero_()
-    return True
 
 
 def _write_newest(ring: Tensor, rows: Tensor) -> None:
