@@ -79,9 +79,11 @@ def _raiser(error: InputError) -> Callable[..., Any]:
 def _refused(refusal: Refusal, plain: _Plain) -> Callable[..., Any]:
     """The graph as given, its first call with a warning."""
     note_report(Report("refused", refusals=(refusal,)))
+    own_doors = Doors()  # of a graph that reads no parameters
 
     def run(*args: Any) -> Any:
-        doors = doors_of([a for a in args if isinstance(a, nn.Parameter)])
+        weights = [a for a in args if isinstance(a, nn.Parameter)]
+        doors = doors_of(weights) if weights else own_doors
         doors.warn_once(refused_text((refusal,)))
         return plain(*args)
 

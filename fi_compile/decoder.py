@@ -133,8 +133,8 @@ class Decoder:
 
     @property
     def inputs(self) -> Tensor:
-        """The sequences so far, [B, longest position(, D)]: what the state was computed from."""
-        return self._sequence[:, : max(lane.position for lane, _ in self._lanes)]
+        """A copy of the sequences so far, [B, longest position(, D)]: what the state was computed from."""
+        return self._sequence[:, : max(lane.position for lane, _ in self._lanes)].clone()
 
     @property
     def weights_unchanged(self) -> bool:
@@ -387,7 +387,7 @@ class Decoder:
         if changed:
             current = self._watch.current()
             for name, value in current.items():
-                known = self.engine.program.values[name]
+                known = self.engine.program.nodes[name].meta["val"]  # a live tensor may have changed its dtype
                 if (value.shape, value.dtype, value.device) != (known.shape, known.dtype, known.device):
                     raise InputError(
                         f"{name!r} was {known.dtype} {list(known.shape)} and now is {value.dtype} "
@@ -446,8 +446,14 @@ class Decoder:
     def _joined(self, node: Any, values: list[Any], order: Tensor) -> Any:
         if not isinstance(values[0], Tensor):
             return values[0]
-        batch = self.engine.plan.batch_axes[node][0]
-        axis = self._axis(node)
+        axes = self.engine.plan.batch_axes[node]
+        if not axes:
+            if any(value.shape != values[0].shape or not torch.equal(value, values[0]) for value in values):
+                raise InputError(
+                    f"the output {node.name!r} has no batch axis: rows at different positions give different ones"
+                )
+            return values[0]
+        batch, axis = axes[0], self._axis(node)
         if axis is not None and axis < batch and values[0].dim() < node.meta["val"].dim():
             batch -= 1
         return torch.cat(values, batch).index_select(batch, order.to(values[0].device))

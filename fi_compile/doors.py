@@ -12,10 +12,11 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from .decoder import Decoder, build_engine
@@ -26,7 +27,7 @@ from .growing import Growing
 from .options import Options
 from .report import Report
 from .sessions import Match, MemoryLimit, Session, clock, quiet_mode, same_bits, tracing
-from .weights import WeightWatch
+from .weights import WeightWatch, checksum
 
 _MOST_SESSIONS = 8
 _MOST_DOORS = 8  # per first weight: graphs, options and swapped weights seen together
@@ -56,8 +57,8 @@ class Door:
         try:
             self.module = wrap_graph(gm, roles, arguments)
             self._versions = self._weight_versions()
-            with quiet_mode(), tracing():
-                example = arguments[roles.sequence].clone()
+            with quiet_mode(), tracing(), fork_rng(arguments[roles.sequence].device):
+                example = arguments[roles.sequence].nan_to_num(0, 0, 0)  # its values must not matter
                 self.engine: Engine = build_engine(self.module, example, options)
                 self.report: Report = self.engine.report
                 self._watch = WeightWatch(self.engine.program, self.module)
@@ -89,6 +90,11 @@ class Door:
 
     def _weight_versions(self) -> list[int]:
         return [0 if p.is_inference() else p._version for p in self.module.parameters()]
+
+    def unversioned(self) -> list[int]:
+        """Checksums of the weights that keep no version: those made under ``torch.inference_mode()``."""
+        weights = (*self.module.parameters(), *self.module.buffers())
+        return [checksum(w) for w in weights if w.is_inference()]
 
     # -- what sessions ask ---------------------------------------------------------------------------------
 
@@ -161,14 +167,19 @@ class Door:
                 if not session.lock.acquire(blocking=False):
                     busy = True
                     continue
-                match = session.match(sequence)
-                if match is None or (best is not None and match.common <= best[1].common):
-                    session.lock.release()
+                former = best
+                try:
+                    match = session.match(sequence)
+                    if match is not None and (best is None or match.common > best[1].common):
+                        best = session, match
+                finally:  # whatever interrupts us, a session that is not answered from is free again
+                    if best is former:
+                        session.lock.release()
+                if best is former:
                     continue
-                if best is not None:
-                    best[0].lock.release()
-                best = session, match
-                if match.common >= sequence.shape[1] - 1:
+                if former is not None:
+                    former[0].lock.release()
+                if best is not None and best[1].common >= sequence.shape[1] - 1:
                     break
             if best is not None:
                 best[0].used = next(clock)
@@ -176,6 +187,10 @@ class Door:
             elif not busy:
                 self._remember(sequence)
             return best
+        except BaseException:
+            if best is not None:
+                best[0].lock.release()
+            raise
         finally:
             self.lock.release()
 
@@ -200,7 +215,7 @@ class Door:
         """Continue a session whose lock is held; None where our own work failed, which is then a refusal."""
         try:
             decoder = session.decoder
-            if decoder is not None and decoder.weights_unchanged:
+            if decoder is not None and session.weights_unchanged:
                 lost = decoder.inputs.shape[1] - match.common
                 if match.common < sequence.shape[1] and (
                     lost > _CHEAP_LOSS or decoder.batch != sequence.shape[0]
@@ -234,12 +249,22 @@ class Doors(OrderedDict[Any, Door]):
     def __init__(self) -> None:
         super().__init__()
         self._warned: set[str] = set()
+        self._made = 0
+        self._awaited: Any = None
 
     def warn_once(self, text: str, key: str | None = None) -> None:
         """Warn, the first time for this text (or ``key``) and these weights."""
         if (key or text) not in self._warned:
             self._warned.add(key or text)
             warnings.warn(text, FlashinfWarning, stacklevel=3)
+
+    def is_passing(self, key: Any) -> bool:
+        """Whether a new key may never come back: after many, only one that comes twice running is analysed."""
+        again, self._awaited = self._awaited == key, key
+        if self._made >= _MOST_DOORS and not again:
+            return True
+        self._made += 1
+        return False
 
     def __reduce__(self) -> Any:
         return OrderedDict, ()
@@ -261,10 +286,10 @@ def doors_of(weights: Sequence[Tensor]) -> Doors:
 
 
 def find_door(doors: Doors, key: Any, make: Callable[[], Door]) -> Door | None:
-    """The door for ``key``, made where it is new; None while another thread is making one."""
+    """The door for ``key``, made where it is new; None while another thread makes one, or for a passing key."""
     door = doors.get(key)
     if door is None or door.may_retry:
-        if not _creating.acquire(blocking=False):
+        if doors.is_passing(key) or not _creating.acquire(blocking=False):
             return None
         try:
             door = doors[key] = make()
@@ -277,6 +302,14 @@ def find_door(doors: Doors, key: Any, make: Callable[[], Door]) -> Door | None:
             doors.warn_once(refused_text(door.refusals))
     doors.move_to_end(key)
     return door
+
+
+@contextlib.contextmanager
+def fork_rng(device: torch.device) -> Iterator[None]:
+    """Leave the caller's random numbers alone, also where the graph that is analysed draws some."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        yield
 
 
 # -- the newest report -------------------------------------------------------------------------------------

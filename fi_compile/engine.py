@@ -91,13 +91,16 @@ class Engine:
             self.analysis,
             self._recognise,
             lambda node: proof.row_local(node) or proof.newest(node),
-            lambda unit: certify_reads(self.analysis, unit, self.capacity, self.analysis.parameters),
+            lambda unit: self._certify(unit, self.capacity, self.analysis.parameters),
         )
+
+    def _certify(self, unit: Unit, capacity: int, values: Mapping[str, Tensor]) -> bool:
+        return certify_reads(self.analysis, unit, capacity, values, self._is_affine)
 
     def _still_holds(self, capacity: int) -> bool:
         """Whether what was settled by asking the units holds for the present weights up to a capacity."""
         values = self.double_values
-        return all(certify_reads(self.analysis, unit, capacity, values) for unit in self.plan.tested) and all(
+        return all(self._certify(unit, capacity, values) for unit in self.plan.tested) and all(
             verify(unit.mixer, values, self.analysis.longest)
             for unit in self.plan.units
             if unit.mixer is not None
@@ -152,9 +155,7 @@ class Engine:
         try:  # weights that happen to be zero must not decide the kind: moved ones are asked too
             chosen.derive(analysis.parameters, analysis.longest)
         except FilterGrew:
-            chosen = classify(
-                found, found.derive(analysis.parameters, self.capacity).kernel, self.dtype
-            )
+            chosen = classify(found, found.derive(analysis.parameters, self.capacity).kernel, self.dtype)
         self._filters[found.name, self.capacity] = chosen.cut(derived)
         self.verdicts[found.name] = how
         return chosen
@@ -309,9 +310,7 @@ class Engine:
         if self.verdict != "proved":
             bounded = bound_tables(self.analysis, prove_prefix(self.program, capacity).proved, capacity)
         proof = prove_prefix(self.program, capacity, bounded)
-        if not all(
-            certify_reads(self.analysis, unit, capacity, self.double_values) for unit in self.plan.tested
-        ):
+        if not all(self._certify(unit, capacity, self.double_values) for unit in self.plan.tested):
             raise FilterGrew(self.plan.tested[0].exit.name)
         for node in self.analysis.consistent:
             if not proof.proved(node):

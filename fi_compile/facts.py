@@ -28,6 +28,7 @@ EVERYWHERE = 1 << 40
 
 # What to change, by kind of refusal, where a rule knows nothing better.
 _HINTS = {
+    "batch_as_value": "use x.shape[0] in sizes only; a row must not depend on how many rows there are",
     "data_dependent": "index by positions or parameters, not by what the sequence contains",
     "length_as_value": "use x.shape[1] in sizes and slices only; take positions from a fixed table",
     "merged": "keep batch and sequence as separate axes, or merge and split them in one order",
@@ -70,6 +71,11 @@ def always(condition: Any) -> bool:
 def constant(value: Quantity) -> bool:
     """Free of the length (it may follow the batch): rows of an array are batch sizes, columns lengths."""
     return not isinstance(value, np.ndarray) or bool((value == value[:, :1]).all())
+
+
+def by_batch(value: Quantity) -> bool:
+    """Whether a quantity follows the batch."""
+    return isinstance(value, np.ndarray) and not bool((value == value[:1]).all())
 
 
 def least(*values: Quantity) -> Quantity:
@@ -115,6 +121,7 @@ class Axis:
     freq: bool = False
     real: bool = True  # of a spectrum: its content is real, so half the bins hold everything
     batch: bool = False  # index = row of the batch
+    flat: bool = False  # the same value at every index
 
     @property
     def plain(self) -> bool:
@@ -272,7 +279,7 @@ def cut(axis: Axis, start: Quantity, stop: Quantity) -> Axis:
     size = tidy(np.subtract(stop, start))
     if axis.freq:
         if same(start, 0) and always(stop >= np.add(np.floor_divide(axis.period, 2), 1)):  # type: ignore[arg-type]
-            return replace(axis, size=size, batch=False)
+            return replace(axis, size=size, batch=False, flat=False)
         raise Deny("spectrum", "a slice of a spectrum drops frequencies, which spreads over all positions")
     if axis.period is not None:
         free = unwrapped(axis, start, stop)
@@ -290,27 +297,39 @@ def padded(axis: Axis, left: Quantity, right: Quantity) -> Axis:
     left, right = most(left, 0), most(right, 0)
     if same(left, 0) and same(right, 0):
         return axis
+    if axis.freq:
+        raise Deny("spectrum", "pads a spectrum: its frequencies then belong to another transform length")
     if axis.period is not None:
         free = unwrapped(axis, 0, axis.size)
         if free is None:
             raise alias(axis, 0, axis.size)
         axis = free
     size = tidy(np.add(np.add(axis.size, left), right))
-    return settle(replace(axis, size=size, shift=tidy(np.add(axis.shift, left)), batch=False))
+    return settle(replace(axis, size=size, shift=tidy(np.add(axis.shift, left)), batch=False, flat=False))
 
 
 def flipped(axis: Axis) -> Axis:
     """Reversed along this axis."""
     if axis.period is not None:
         raise Deny("spectrum", f"a flip of {axis}")
+    whole_rows(axis, "a flip")
     shift = tidy(np.subtract(np.subtract(axis.size, 1), axis.shift))
     return settle(replace(axis, sign=-axis.sign, shift=shift, batch=False))
+
+
+def whole_rows(axis: Axis, doing: str) -> None:
+    """Refuse to mix the entries of an axis of the batch's size that are not the batch's rows."""
+    if by_batch(axis.size) and not axis.batch:
+        raise Deny("batch_as_value", f"{doing} over as many entries as there are rows in the batch")
 
 
 def rolled(axis: Axis, by: Quantity) -> Axis:
     """Rotated by ``by`` positions: a shift in a cyclic context of the axis' own size."""
     if axis.freq:
         raise Deny("spectrum", f"a roll of {axis}")
+    if by_batch(by):
+        raise Deny("batch_as_value", "rolls by the batch size")
+    whole_rows(axis, "a roll")
     period = axis.size if axis.period is None else axis.period
     axis = replace(axis, period=period, shift=tidy(np.add(axis.shift, by)), batch=False)
     return closed(axis)
@@ -344,6 +363,7 @@ def convolved(a: Axis, b: Axis, size: Quantity) -> Axis:
             valid=least(plus(a.valid, floor_of(b.lo)), plus(b.valid, floor_of(a.lo))),
             real=a.real and b.real,
             batch=False,
+            flat=False,
         )
     )
 
@@ -367,6 +387,9 @@ def united(axes: Sequence[Axis], how: str, partial: bool) -> Axis:
                 raise
             return fixed(axes[0].size)
     first = axes[0]
+    flat = all(a.flat for a in axes)
+    # Rows beside entries that differ by their number are no longer rows of the batch alone.
+    batch = any(a.batch for a in axes) and all(a.batch or a.flat for a in axes)
     for a in axes[1:]:
         if a is not first and not (a.sign == first.sign and same(a.shift, first.shift)):
             raise Deny("misaligned", f"combines values whose rows are {first} and {a}")
@@ -383,14 +406,12 @@ def united(axes: Sequence[Axis], how: str, partial: bool) -> Axis:
         if not (linear or rotated):
             raise alias(first, 0, first.size)
         if rotated:
-            batch = any(a.batch for a in axes)
-            return replace(first, valid=least(*(a.valid for a in axes)), batch=batch)
-    batch = any(a.batch for a in axes)
+            return replace(first, valid=least(*(a.valid for a in axes)), batch=batch, flat=flat)
     if len(axes) > 1:
         lo = most(*(a.lo for a in axes)) if how == "product" else least(*(a.lo for a in axes))
         hi = least(*(a.hi for a in axes)) if how == "product" else most(*(a.hi for a in axes))
         valid = least(*(a.valid for a in axes))
-        first = replace(first, lo=lo, hi=hi, valid=valid, batch=batch)
+        first = replace(first, lo=lo, hi=hi, valid=valid, batch=batch, flat=flat)
     if how == "any" or (partial and how in ("linear", "zero")):
         first = filled(first)
     return settle(first) if len(axes) > 1 else first
@@ -436,8 +457,9 @@ class Affine:
 class Triangle:
     """What is known where index ``key`` > index ``query``, and where they are equal.
 
-    ``above``/``diagonal`` hold the one value there, ``None`` where ordinary (certified) data is, or
-    :data:`JUNK` where the fact claims nothing.
+    ``above``/``diagonal`` hold the one value there, :data:`OPEN` (only ``diagonal``) where numbers of ordinary
+    size are, ``None`` where nothing more is known of the (certified) data, or :data:`JUNK` where the fact
+    claims nothing.
     """
 
     query: int
@@ -454,6 +476,19 @@ class _Junk:
 JUNK = _Junk()
 
 
+class _Open:
+    def __repr__(self) -> str:
+        return "open"
+
+
+OPEN = _Open()
+# How large the entries of a tensor may be: of ordinary size (no mask, no extreme number has met them), besides
+# that very low or -inf, or anything.
+ORDINARY, LOW, EXTREME = 0, 1, 2
+# Numbers beyond this are not of ordinary size.
+LARGE = 1e20
+
+
 @dataclass(frozen=True)
 class Fact:
     """What is certified of one tensor: its axes, and more where it is known."""
@@ -466,6 +501,7 @@ class Fact:
     affine: Affine | None = None
     fill: Any = None  # every element equals this number
     bounds: tuple[Quantity, Quantity] | None = None  # of an integer tensor: least and greatest value
+    magnitude: int = ORDINARY
 
     @property
     def axes(self) -> tuple[Axis, ...]:

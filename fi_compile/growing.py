@@ -5,7 +5,8 @@ that the model's own output has. Where the sequence axis is outermost in memory 
 a longer buffer. Two buffers alternate, because a caller usually still holds the previous result while
 computing the next; a buffer is written and lent again only when nobody else holds its memory and nobody wrote
 to it meanwhile. A write is seen by the version, one through ``.data`` or NumPy by the last row, which is
-compared; such a write to earlier rows alone, to memory that is then released, is not seen.
+compared, and memory that NumPy was given is not lent again; a write through ``.data`` to earlier rows alone,
+to memory that is then released, is not seen.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class _Buffer:
 
     @property
     def intact(self) -> bool:
-        """Whether nobody wrote to the memory since it was lent."""
+        """Whether nobody wrote to the memory since it was lent, or freed it, or showed it to NumPy."""
+        if not self._storage.resizable() or self._storage.nbytes() < self.flat.nbytes:
+            return False
         start = max(self._checked - 1, 0) * self.row
         last = self.flat[start : self._checked * self.row]
         return self.flat._version == self._version and torch.equal(last, self._last)

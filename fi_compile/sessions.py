@@ -58,6 +58,7 @@ class Session:
         self._prompt: Tensor | None = prompt
         self._private = False  # outputs are copied: a caller wrote to what was lent
         self._lost = False
+        self._unversioned: list[int] = []
         self._weighed = 0
         with _registering:
             _sessions.add(self)
@@ -69,6 +70,12 @@ class Session:
             return self.decoder.inputs
         assert self._prompt is not None
         return self._prompt
+
+    @property
+    def weights_unchanged(self) -> bool:
+        """Whether the decoder's state is of the weights as they are."""
+        known = self.decoder is not None and self.decoder.weights_unchanged
+        return known and self._unversioned == self.door.unversioned()
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +98,7 @@ class Session:
     def advance(self, sequence: Tensor, match: Match) -> list[Any]:
         """The outputs for ``sequence``, of which ``match.common`` positions are known."""
         decoder, length = self.decoder, sequence.shape[1]
-        if decoder is None or self._lost or not decoder.weights_unchanged:
+        if decoder is None or self._lost or not self.weights_unchanged:
             return self._rebuild(sequence)
         if match.index is not None and not self._reorder(match.index):
             return self._rebuild(sequence)
@@ -118,7 +125,7 @@ class Session:
         new.lock.acquire()
         assert self.decoder is not None
         new.decoder, new._prompt = self.decoder.fork(), None
-        new._private = True
+        new._private, new._unversioned = True, self._unversioned
         new.outputs = [None if g is None else g.copy() for g in self.outputs]
         new._lost = _some_lost(self.outputs, new.outputs)
         return new
@@ -128,6 +135,7 @@ class Session:
         door, batch, length = self.door, sequence.shape[0], sequence.shape[1]
         with tracing():
             make_room(self, door.estimate(batch, length))
+            self._unversioned = door.unversioned()
             self.decoder, self._prompt = door.new_decoder(batch), None
             self.outputs = door.fresh_outputs(batch, self._private)
             newest = self._extend(sequence)
@@ -272,8 +280,13 @@ def _living() -> list[Session]:
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """Trace while no other thread compiles; one that calls a compiled model meanwhile runs it uncompiled."""
-    with compile_lock, dynamo_config.patch(error_on_nested_fx_trace=False):
-        yield
+    setting = dynamo_config._config["error_on_nested_fx_trace"]
+    with compile_lock:  # a patch of the setting holds for one thread, its default for all
+        former, setting.default = setting.default, False
+        try:
+            yield
+        finally:
+            setting.default = former
 
 
 @contextlib.contextmanager

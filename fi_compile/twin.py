@@ -6,7 +6,6 @@ for a rounding error, nor the other way round.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -84,7 +83,9 @@ def random_sequence(program: Program, batch: int, length: int, *, seed: int, dou
     """Random ids or features a program may read, [batch, length(, D)]; equal seeds share prefixes."""
     example = program.example
     columns = []
-    limit = vocabulary(program)
+    limit = vocabulary(program) or 0
+    if not limit and example.dtype in _INTEGERS:
+        limit = int(example.max()) + 1
     for position in range(length):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
         shape = (batch, 1, *example.shape[2:])
@@ -99,20 +100,17 @@ def random_sequence(program: Program, batch: int, length: int, *, seed: int, dou
     return torch.cat(columns, dim=1).to(example.device)
 
 
-def vocabulary(program: Program) -> int:
-    """How many ids the model knows: the rows of the tables its ids index, else what the example shows."""
-    rows = [
-        node.args[0].meta["val"].shape[0]
-        for node in program.sequence.users
-        if operator_name(node.target) == "embedding" and isinstance(node.args[0], fx.Node)
-    ]
-    seen = int(program.example.max()) + 1 if program.example.numel() else 1
-    return min(rows) if rows else max(seen, 1)
+def vocabulary(program: Program) -> int | None:
+    """How many ids the model knows: the rows of the tables its ids index directly; None where none do."""
+    rows, carriers = [], [program.sequence]
+    for carrier in carriers:
+        for user in carrier.users:
+            name = operator_name(user.target)
+            if name == "embedding" and user.args[1] is carrier and isinstance(user.args[0], fx.Node):
+                rows.append(int(user.args[0].meta["val"].shape[0]))
+            elif name in _CARRIES_IDS:
+                carriers.append(user)
+    return min(rows, default=None)
 
 
-def bind(program: Program, values: Mapping[str, Tensor], sequence: Tensor) -> dict[fx.Node, Any]:
-    """The environment an interpretation starts from."""
-    return {
-        program.nodes[spec.name]: sequence if spec.kind is Kind.SEQUENCE else values[spec.name]
-        for spec in program.inputs
-    }
+_CARRIES_IDS = frozenset({"to", "_to_copy", "clone", "alias", "contiguous", "view", "reshape", "unsqueeze", "squeeze"})

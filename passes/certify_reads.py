@@ -10,38 +10,58 @@ on another one. The patterns are the bits of the position and their complements:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
 from fi_compile.passes.propose_consistency import Axes, Consistency, agrees
-from fi_compile.program import Program, as_expr
+from fi_compile.program import Program, as_expr, is_getitem
 from fi_compile.twin import random_sequence, widen, widen_call
 from fi_compile.units import ALL, NEW, Demand, Unit, run_unit, take_row
 
 _TOLERANCE = 1e-9
-_ENOUGH_WITHOUT_TABLES = 200  # an operator of data alone treats all positions alike
+_ENOUGH_FOR_ONE = 200  # one operator on data alone treats all positions alike
 _MOST_ELEMENTS = 1 << 26
 
 
 def certify_reads(
-    analysis: Consistency, unit: Unit, capacity: int, values: Mapping[str, Tensor]
+    analysis: Consistency,
+    unit: Unit,
+    capacity: int,
+    values: Mapping[str, Tensor],
+    is_affine: Callable[[Unit, fx.Node], bool],
 ) -> bool:
     """Whether the rows a unit reads are all its new row depends on, at every position up to ``capacity``.
 
-    Requires: a plan that reproduces the samples. ``values``: the weights in double precision. Ensures: True only if
+    Requires: a plan that reproduces the samples. ``values``: the weights in double precision; ``is_affine(unit, x)``:
+    whether every operator from x to the exit is certified affine. Ensures: True only if the unit is one operator, or
+    affine in every value of which it reads new rows (random input shows nothing of rare events behind a threshold),
     no replaced pattern of rows moved a row that was not replaced, and the plan's own rows equal the whole unit's at
     positions spread over the capacity. False also where that would take too much memory.
     """
-    trial = _Trial(analysis, unit, capacity, values)
+    single = sum(_computes(node, analysis) for node in unit.nodes) == 1
+    partly = [n for n, d in unit.reads.items() if NEW in d and n in analysis.program.input_dependent]
+    if not single and not all(is_affine(unit, node) for node in partly):
+        return False
+    trial = _Trial(analysis, unit, capacity, values, single)
     return trial.fits() and trial.is_local() and trial.reproduces()
+
+
+def _computes(node: fx.Node, analysis: Consistency) -> bool:
+    """Whether a node is an operator on data, not the choice of one of its results."""
+    return node in analysis.program.input_dependent and not is_getitem(node)
 
 
 class _Trial:
     def __init__(
-        self, analysis: Consistency, unit: Unit, capacity: int, values: Mapping[str, Tensor]
+        self,
+        analysis: Consistency,
+        unit: Unit,
+        capacity: int,
+        values: Mapping[str, Tensor],
+        single: bool,
     ) -> None:
         self.analysis, self.unit = analysis, unit
         self.program: Program = analysis.program
@@ -49,7 +69,7 @@ class _Trial:
         moving = [n for n in unit.reads if analysis.axes[n].rows]
         self.data = [n for n in unit.reads if n in data]
         tables = [n for n in moving if n not in data]
-        wanted = capacity if tables else min(capacity, _ENOUGH_WITHOUT_TABLES)
+        wanted = min(capacity, _ENOUGH_FOR_ONE) if single and not tables else capacity
         admitted = self.program.lengths.at_least(max(wanted, analysis.longest))
         self.length = admitted if admitted is not None else analysis.longest
         self.batch = self.program.batch if isinstance(self.program.batch, int) else 2

@@ -12,12 +12,19 @@ from torch import Tensor, fx
 
 from fi_compile.errors import Refusal
 from fi_compile.facts import (
+    EXTREME,
+    LARGE,
+    OPEN,
+    ORDINARY,
     Deny,
+    Dim,
     Fact,
     Quantity,
     Triangle,
+    by_batch,
     constant,
     fixed,
+    is_number,
     same,
     sequence,
     tidy,
@@ -33,6 +40,9 @@ from fi_compile.program import (
     source_of,
 )
 from fi_compile.rules import RULES, Call
+from fi_compile.rules.affine import exact, holds
+from fi_compile.rules.magnitude import magnitude, of_table
+from fi_compile.rules.triangles import in_dtype
 from fi_compile.symbolic import evaluate_at
 
 # Conditions are evaluated at two batch sizes, so that no size coincides with the length by chance.
@@ -185,6 +195,10 @@ class _Walker:
             self.sizes[key] = tidy(value) if np.issubdtype(value.dtype, np.integer) else _number(value)
         return self.sizes[key]
 
+    def follows_batch(self, expr: Any) -> bool:
+        """Whether a size expression is computed from the batch size, whatever its value."""
+        return self.program.batch in getattr(expr, "free_symbols", ())
+
     def fact(self, node: fx.Node) -> Fact | list[Fact]:
         """The fact of an argument; a missing one is not this node's fault."""
         if node not in self.results:
@@ -253,11 +267,14 @@ class _Walker:
             else:
                 call = Call(node, self)
                 result = self._apply(call)
-            result = self._checked(node, result)
+            result = self._checked(node, result, call)
         except _Missing:
             return
         except Deny as denied:
             self.proof._denied[node] = denied
+            return
+        except Exception as error:  # a rule met what it was not written for: nothing is certified
+            self.proof._denied[node] = Deny("internal", f"the rule for {node.name} failed: {error!r}")
             return
         self.results[node] = result
         if call is not None:
@@ -286,7 +303,11 @@ class _Walker:
         ):
             fill = value.item()
             self.read_values.add(node.name)
-        return Fact(tuple((a,) for a in axes), fill=fill)
+        level = ORDINARY
+        if node is not self.program.sequence and kinds[node.name] is not Kind.PARAMETER:
+            level = of_table(self.program.values.get(node.name))
+            self.read_values.add(node.name)
+        return Fact(tuple((a,) for a in axes), fill=fill, magnitude=level)
 
     def _bounded(self, node: fx.Node) -> Fact:
         """A table that was evaluated at every length: each dimension of size s holds positions."""
@@ -333,7 +354,7 @@ class _Walker:
             result = rule.apply(call)
             self._all_read(call)
         except Deny as denied:
-            if not still or not self._still(call, rule is None):
+            if denied.kind == "batch_as_value" or not still or not self._still(call, rule is None):
                 raise denied from None
             call.linear, call.invariant, call.affine_groups = [], [], []
             result = self._unchanging(node)
@@ -347,6 +368,8 @@ class _Walker:
 
     def _all_read(self, call: Call) -> None:
         for n in call.node.all_input_nodes:
+            if is_integer(n) and n not in call.read:
+                call.no_batch(n)
             if is_integer(n) and n not in call.read and not constant(self.evaluate(as_expr(n))):
                 raise Deny(
                     "length_as_value",
@@ -362,7 +385,12 @@ class _Walker:
             return False
         if call.node.target.namespace != "aten" and unknown and call.node in self.data:
             return False
-        return all(constant(self.evaluate(as_expr(n))) for n in call.node.all_input_nodes if is_integer(n))
+        numbers = [as_expr(n) for n in call.node.all_input_nodes if is_integer(n)]
+        facts = [self.results[a] for a in _sources(call.node)]
+        axes = [a for f in facts for g in (f if isinstance(f, list) else [f]) for a in g.axes]
+        if any(map(self.follows_batch, numbers)) or any(by_batch(a.size) and not a.batch for a in axes):
+            return False
+        return all(constant(self.evaluate(n)) for n in numbers)
 
     def _unchanging(self, node: fx.Node) -> Fact | list[Fact]:
         value = node.meta["val"]
@@ -372,16 +400,18 @@ class _Walker:
 
         return [one(v) for v in value] if isinstance(value, (list, tuple)) else one(value)
 
-    def _checked(self, node: fx.Node, result: Fact | list[Fact]) -> Fact | list[Fact]:
+    def _checked(self, node: fx.Node, result: Fact | list[Fact], call: Call | None) -> Fact | list[Fact]:
         """The result, if its axes have the traced sizes, with the batch fact and what values decide."""
         value = node.meta["val"]
         if isinstance(result, list):
             return [
-                self._sized(node, v, f) for v, f in zip(value, result, strict=True) if isinstance(v, Tensor)
+                self._sized(node, v, f, call)
+                for v, f in zip(value, result, strict=True)
+                if isinstance(v, Tensor)
             ]
-        return self._with_values(node, self._sized(node, value, result))
+        return self._with_values(node, self._sized(node, value, result, call))
 
-    def _sized(self, node: fx.Node, value: Tensor, fact: Fact) -> Fact:
+    def _sized(self, node: fx.Node, value: Tensor, fact: Fact, call: Call | None) -> Fact:
         if len(fact.dims) != value.dim():
             raise Deny(
                 "internal", f"the rule for {node.name} gives {len(fact.dims)} dimensions, not {value.dim()}"
@@ -392,12 +422,43 @@ class _Walker:
                 product = tidy(np.multiply(product, axis.size))
             if not same(product, tidy(self.evaluate(as_expr(size)))):
                 raise Deny("internal", f"the rule for {node.name} gives another size than the trace")
+        fact = self._held(node, value, fact, call)
         if node not in self.data:
             return replace(fact, rows=True)
         sources = [self.results[a] for a in _sources(node) if a in self.data and a in self.results]
         flat = [f for s in sources for f in (s if isinstance(s, list) else [s])]
-        single = sum(a.batch for a in fact.axes) == 1
+        single = sum(a.batch for a in fact.axes) == 1 and not (call is not None and call.mixes_rows)
         return replace(fact, rows=single and all(f.rows for f in flat))
+
+    def _held(self, node: fx.Node, value: Tensor, fact: Fact, call: Call | None) -> Fact:
+        """What is known of the values, as far as the tensor's type holds them."""
+        sizes = [_extent(dim) for dim in fact.dims]
+        form, bounds, fill = fact.affine, fact.bounds, fact.fill
+        if form is not None and not exact(form, sizes, value.dtype):
+            form = None
+        if bounds is not None and not value.is_floating_point() and not holds(*bounds, value.dtype):
+            bounds = None
+        level = fact.magnitude
+        if node in self.bounded:
+            level = of_table(self.table(node))
+        elif call is not None:
+            sources = [self.results[a] for a in _sources(node)]
+            level = magnitude(
+                call, [f.magnitude for s in sources for f in (s if isinstance(s, list) else [s])]
+            )
+        if is_number(fill):
+            fill = in_dtype(fill, value.dtype)
+            level = max(level, of_table(torch.tensor(float(fill))) if is_number(fill) else EXTREME)
+        triangles = []
+        for t in (
+            fact.triangles
+        ):  # of one row only its first entry is on the diagonal; of one key nothing is above
+            if same(sizes[t.key], 1):
+                continue
+            triangles.append(replace(t, diagonal=None) if same(sizes[t.query], 1) else t)
+        return replace(
+            fact, affine=form, bounds=bounds, fill=fill, magnitude=level, triangles=tuple(triangles)
+        )
 
     def _with_values(self, node: fx.Node, fact: Fact) -> Fact:
         """Input-independent tables that meet data are decided by value, at the longest length."""
@@ -479,6 +540,13 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return [a for a in sources if a not in lent]
 
 
+def _extent(dim: Dim) -> Quantity:
+    total: Quantity = 1
+    for axis in dim:
+        total = tidy(np.multiply(total, axis.size))
+    return total
+
+
 class _Missing(Exception):
     """An argument has no fact: the cause lies before this node."""
 
@@ -520,5 +588,7 @@ def _decided(table: Tensor, query: int, key: int) -> Iterator[Triangle]:
     if bool((above == first).all()):
         diagonal = moved.diagonal(dim1=-2, dim2=-1)
         start = diagonal.reshape(-1)[0]
-        level = start.item() if bool((diagonal == start).all()) else float(diagonal.min())
+        level = start.item() if bool((diagonal == start).all()) else None
+        if level is None and diagonal.dtype != torch.bool and bool((diagonal.abs() <= LARGE).all()):
+            level = OPEN
         yield Triangle(query, key, first.item(), level)

@@ -447,6 +447,7 @@ def test_an_exchanged_module_is_traced_again():
     model.head = nn.Linear(4, 5, dtype=torch.float64)
     with pytest.raises(fi_compile.WeightsChanged):
         dec.step(sequence[:, 0])
+    check(dec.prefill(sequence), model(sequence)[:, -1])
     goes_on(dec, model, sequence)
 
 
@@ -468,6 +469,7 @@ def test_untied_weights_are_traced_again():
     model.head.weight = nn.Parameter(model.head.weight.detach() * 2)
     with pytest.raises(fi_compile.WeightsChanged):
         dec.step(sequence[:, 0])
+    check(dec.prefill(sequence), model(sequence)[:, -1])
     goes_on(dec, model, sequence)
 
 
@@ -579,20 +581,18 @@ def test_models_that_return_one_position():
 
 
 def test_bfloat16():
-    double = language_model("hyena_2", "gated", width=4, l_max=MOST)
-    model = language_model("hyena_2", "gated", width=4, l_max=MOST).bfloat16()
+    # torch has no bfloat16 transform on the CPU: the long filter is a direct sum.
+    mixers = ("direct_conv1d_pad_flip", "attention_tril_mask")
+    double = language_model(*mixers, width=4, l_max=MOST)
+    model = language_model(*mixers, width=4, l_max=MOST).bfloat16()
     for rounded, exact in zip(model.parameters(), double.parameters(), strict=True):
         exact.copy_(rounded)
     sequence = ids(2, 100)
-    try:
-        plain = model(sequence)
-    except RuntimeError:
-        pytest.skip("this build of torch has no bfloat16 transform")
     dec = decoder(model, sequence[:, :9], max_length=120, block=BLOCK)
     found, truth = decoded(dec, sequence, 7), double(sequence)
     assert found.dtype == torch.bfloat16
-    allowed = max(float((plain - truth).abs().max()), 2**-8 * float(truth.abs().max()))
-    assert float((found - truth[:, 6:]).abs().max()) <= 3 * allowed
+    own_error = float((model(sequence) - truth).abs().max())
+    assert float((found - truth[:, 6:]).abs().max()) <= 3 * own_error
 
 
 @pytest.mark.parametrize("mixers", [MIXED, ("hyena_2",)])
@@ -715,7 +715,7 @@ class Elements(TorchDispatchMode):
 
 
 def test_work_per_token_grows_as_log_squared():
-    length = 2048
+    length = 1024
     model = language_model("gated", "hyena_2", width=4, l_max=length + 10)
     dec = decoder(model, ids(1, 9), max_length=length, block=BLOCK)
     per_step = []
@@ -728,8 +728,8 @@ def test_work_per_token_grows_as_log_squared():
             per_step.append(elements.count)
     # Between block ends a step is the same work at every position.
     assert len({n for t, n in enumerate(per_step) if (t + 1) % BLOCK}) == 1
-    total = {n: sum(per_step[:n]) / n for n in (256, 512, 1024, 2048)}
+    total = {n: sum(per_step[:n]) / n for n in (128, 256, 512, 1024)}
     # L log² L against L²: a doubling adds to the work per token, it does not double it.
-    assert all(total[2 * n] - total[n] < 0.25 * total[n] for n in (256, 512, 1024))
-    steps = [total[2 * n] - total[n] for n in (256, 512, 1024)]
+    assert all(total[2 * n] - total[n] < 0.25 * total[n] for n in (128, 256, 512))
+    steps = [total[2 * n] - total[n] for n in (128, 256, 512)]
     assert steps[-1] < 2 * steps[0]

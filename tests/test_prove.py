@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fi_compile.capture import trace_module
 from fi_compile.errors import Unsupported
 from fi_compile.passes.prove_prefix import Proof, prove_prefix
 from fi_compile.program import Program, operator_name
+from fi_compile.rules import RULES
 
 WIDTH, CAPACITY, L_MAX = 6, 48, 64
 
@@ -142,6 +144,57 @@ def swapped_views(x: Tensor, k: Tensor) -> Tensor:
     return x.reshape(b * length, d).view(length, b, d).transpose(0, 1)
 
 
+LOWEST = torch.finfo(torch.float32).min
+
+
+def positions(x: Tensor) -> tuple[Tensor, Tensor]:
+    i = torch.arange(x.shape[1])
+    return i[:, None], i
+
+
+def hidden_by(
+    order: Callable[[Tensor], Tensor], value: float = float("-inf")
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Attention whose mask compares ``order(positions)``."""
+
+    def attend(x: Tensor, k: Tensor) -> Tensor:
+        i = order(torch.arange(x.shape[1]))
+        return (x @ x.mT).masked_fill(i > i[:, None], value).softmax(-1) @ x
+
+    return attend
+
+
+def late_rows_masked(value: float, start: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Attention whose rows from ``start`` on see nothing: no key at all is left open."""
+
+    def attend(x: Tensor, k: Tensor) -> Tensor:
+        q, key = positions(x)
+        scores = (x @ x.mT).masked_fill(key > q, value)
+        return scores.masked_fill((key <= q) & (q - key >= start), value).softmax(-1) @ x
+
+    return attend
+
+
+def late_rows_lowered(x: Tensor, k: Tensor) -> Tensor:
+    q, key = positions(x)
+    return ((x @ x.mT) - 1e33 * (q >= 40)).masked_fill(key > q, -1e32).softmax(-1) @ x
+
+
+def first_row_of_mask(broadcast: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def attend(x: Tensor, k: Tensor) -> Tensor:
+        q, key = positions(x)
+        low = torch.full((), -1e38)
+        mask = broadcast(torch.where(key > q, low, torch.zeros(()))[:1], x.shape[1])
+        return (x @ x.mT + mask + torch.where((key == 0) & (q >= 40), low, torch.zeros(()))).softmax(-1) @ x
+
+    return attend
+
+
+def padded_spectrum(x: Tensor, k: Tensor) -> Tensor:
+    n = 2 * x.shape[1]
+    return irfft(F.pad(rfft(x.mT, n=n), (0, 4)), n=n)[..., : x.shape[1]].mT
+
+
 REFUSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "transform one short": fft_with(lambda s: 2 * s - 2),
     "transform too short late": fft_with(lambda s: s + torch.sym_min(s, 30)),
@@ -167,6 +220,19 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         @ x
     ),
     "whole row masked": strictly_masked,
+    "late rows masked, finite": late_rows_masked(LOWEST, 0),
+    "late rows lowered": late_rows_lowered,
+    "first row of a mask broadcast": first_row_of_mask(lambda row, s: row),
+    "first row of a mask expanded": first_row_of_mask(lambda row, s: row.expand(s, s)),
+    "8-bit positions wrap": hidden_by(lambda i: (i * 8).to(torch.uint8)),
+    "8-bit products wrap": hidden_by(lambda i: i.to(torch.int8) * 3),
+    "64-bit products wrap": hidden_by(lambda i: i * 2**58),
+    "truncated positions": hidden_by(lambda i: ((i.double() + 0.5) * (31 / 32)).long()),
+    "boolean positions": hidden_by(lambda i: i.bool().long()),
+    "rounded positions": hidden_by(lambda i: i.float() + (2.0**24 - 20)),
+    "half precision positions": hidden_by(lambda i: i.to(torch.bfloat16) + 240),
+    "positions in pairs": hidden_by(lambda i: i // 2),
+    "positions modulo": hidden_by(lambda i: i % 32),
     "zero times infinity": overflowing,
     "softmax over queries": lambda x, k: (
         torch.softmax(
@@ -217,6 +283,14 @@ PROVED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         (torch.arange(x.shape[1]) > torch.arange(x.shape[1])[:, None])
         | (torch.arange(x.shape[1]) < torch.arange(x.shape[1])[:, None] - 9), float("-inf")
     ).softmax(-1) @ x,
+    "finite mask": hidden_by(lambda i: i, LOWEST),
+    "8-bit positions that fit": hidden_by(lambda i: (i * 2).to(torch.uint8)),
+    "halves of positions": hidden_by(lambda i: i.float() * 0.5 + 3),
+    "whole positions through floats": hidden_by(lambda i: (i.float() * 2 + 1).long()),
+    "mask expanded": lambda x, k: (x @ x.mT).masked_fill(
+        (torch.arange(x.shape[1]) > torch.arange(x.shape[1])[:, None]).expand(x.shape[0], -1, -1), LOWEST
+    ).softmax(-1) @ x,
+    "two attentions": lambda x, k: hidden_by(lambda i: i, LOWEST)(hidden_by(lambda i: i, LOWEST)(x, k), k),
     "products of lower triangles": lambda x, k: torch.tril(x @ x.mT) @ torch.tril(x @ x.mT, -1) @ x,
 }  # fmt: skip
 
@@ -313,3 +387,99 @@ def test_capacity_decides() -> None:
     fixed = fft_with(lambda s: 90)
     assert accepted(proof_of(fixed, 45))
     assert not accepted(proof_of(fixed, 60))
+
+
+BATCH_VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "factor": lambda x, k: x * (k[0, 0] / x.shape[0]),
+    "product": lambda x, k: x * x.shape[0],
+    "term": lambda x, k: x + x.shape[0],
+    "fill": lambda x, k: x * torch.full((1, 1, 1), x.shape[0]),
+    "bound": lambda x, k: x.clamp(max=x.shape[0]),
+    "comparison": lambda x, k: x * (x > x.shape[0]),
+    "first position": lambda x, k: x * torch.arange(x.shape[0], x.shape[0] + WIDTH),
+    "count of ones": lambda x, k: x * torch.ones(x.shape[0]).sum(),
+    "minimum of batch and length": lambda x, k: x * torch.sym_min(x.shape[0], x.shape[1]),
+    "row by number": lambda x, k: x * k[:, x.shape[0]].sum(),
+    "rows up to the batch": lambda x, k: x * k[:, : x.shape[0]].mean(),
+    "numbers counted down": lambda x, k: x * torch.arange(x.shape[0]).flip(0)[:, None, None],
+    "spread over the batch": lambda x, k: x * torch.linspace(0, 1, x.shape[0])[:, None, None],
+}
+
+
+@pytest.mark.parametrize("name", BATCH_VALUES)
+def test_the_batch_size_is_no_value(name: str) -> None:
+    proof = proof_of(BATCH_VALUES[name])
+    assert not accepted(proof)
+    assert "batch_as_value" in [r.kind for r in proof.refusals] or name == "spread over the batch"
+
+
+MIXED_ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": lambda x, k: x - x.mean(0, keepdim=True),
+    "softmax": lambda x, k: x.softmax(0),
+    "running sum": lambda x, k: x.cumsum(0),
+    "sort": lambda x, k: x.sort(0).values,
+    "flip": lambda x, k: x + x.flip(0),
+    "roll": lambda x, k: x + x.roll(1, 0),
+    "first row": lambda x, k: x + x[:1],
+    "contraction": lambda x, k: torch.einsum("bsd,csd,cse->bse", x, x, x),
+    "attention over the batch": lambda x, k: F.scaled_dot_product_attention(
+        x.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1)
+    ).transpose(0, 1),
+    "index": lambda x, k: x.index_select(0, (x[:, 0, 0] > 0).long()),
+    "row numbers": lambda x, k: x * (torch.arange(x.shape[0]) + 1)[:, None, None],
+    "group norm": lambda x, k: F.group_norm(x[:, 0].T, 1).T[:, None] + x,
+}
+
+
+@pytest.mark.parametrize("name", MIXED_ROWS)
+def test_rows_that_meet_are_not_independent(name: str) -> None:
+    assert not proof_of(MIXED_ROWS[name]).rows_independent
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, k: x * torch.ones(x.shape[0], 1, 1),
+        lambda x, k: x + k[0, :WIDTH].expand(x.shape[0], x.shape[1], -1),
+        lambda x, k: x.view(x.shape[0], x.shape[1], 2, 3).flatten(2) + x.new_zeros(x.shape[0], 1, WIDTH),
+        lambda x, k: torch.einsum("bsd,bse->bsde", x, x).sum(-1),
+        lambda x, k: torch.cat([x, k[:, :1].mT.expand(x.shape[0], x.shape[1], -1)], -1),
+    ],
+)
+def test_sizes_of_the_batch_keep_rows_independent(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    proof = proof_of(function)
+    assert accepted(proof), [str(r) for r in proof.refusals]
+    assert proof.rows_independent
+
+
+def test_one_row_of_the_sequence_is_not_read_row_by_row() -> None:
+    proof = proof_of(lambda x, k: F.gelu(x) - F.gelu(x)[:, :1] + x[:, :, :1])
+    slices = [n for n in proof.program.graph.nodes if operator_name(n.target) == "slice"]
+    local = {n.args[1]: proof.row_local(n) for n in slices if n.args[3] == 1}
+    assert local == {1: False, 2: True}
+    proof = proof_of(lambda x, k: F.gelu(x) - F.gelu(x).narrow(1, 0, 1))
+    narrowed = [n for n in proof.program.graph.nodes if operator_name(n.target) in ("narrow", "slice")]
+    assert not any(proof.row_local(n) for n in narrowed if n.args[1] == 1)
+    proof = proof_of(lambda x, k: x * k[0, : x.shape[1]][:, None])
+    assert proof.row_local(node(proof, "slice"))
+
+
+@pytest.mark.parametrize("value", [LOWEST, float("-inf")])
+def test_rows_that_may_be_masked_as_a_whole_are_refused(value: float) -> None:
+    def padded(x: Tensor, k: Tensor) -> Tensor:
+        q, key = positions(x)
+        return (x @ x.mT).masked_fill((key > q) | (x[:, None, :, 0] > 0), value).softmax(-1) @ x
+
+    assert not accepted(proof_of(padded))
+
+
+def test_a_padded_spectrum_is_refused() -> None:
+    assert [r.kind for r in proof_of(padded_spectrum).refusals] == ["spectrum"]
+
+
+def test_an_exception_in_a_rule_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(call: object) -> None:
+        raise TypeError("not prepared for this")
+
+    monkeypatch.setitem(RULES, "gelu", replace(RULES["gelu"], apply=broken))
+    assert [r.kind for r in proof_of(lambda x, k: F.gelu(x)).refusals] == ["internal"]

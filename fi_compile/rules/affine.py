@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from fi_compile.facts import Affine, Fact, Quantity, Triangle, constant, is_number, tidy
 
@@ -74,6 +75,31 @@ def bounds(affine: Affine, sizes: Sequence[Quantity], region: tuple[int, int, st
         reach = np.multiply(c, span)
         low, high = add(low, np.minimum(0, reach)), add(high, np.maximum(0, reach))
     return low, high
+
+
+def holds(low: Any, high: Any, dtype: torch.dtype) -> bool:
+    """Whether a type holds every whole number between two bounds."""
+    if dtype == torch.bool or dtype.is_complex:
+        return False
+    if dtype.is_floating_point:
+        least, most = -2.0 / torch.finfo(dtype).eps, 2.0 / torch.finfo(dtype).eps
+    else:
+        least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    # A 64-bit sum that wrapped around here would hide itself: numbers are compared as floats.
+    return bool(np.all(np.asarray(low, dtype=np.float64) >= least)) and bool(
+        np.all(np.asarray(high, dtype=np.float64) < most)
+    )
+
+
+def exact(affine: Affine, sizes: Sequence[Quantity], dtype: torch.dtype) -> bool:
+    """Whether every value is held without rounding: whole numbers of a small enough unit."""
+    values = [np.asarray(v, dtype=np.float64) for v in (*affine.coefficients, affine.offset)]
+    for unit in (0, 1, 2, 4, 8, 16, 32) if dtype.is_floating_point else (0,):
+        if all(bool((np.ldexp(v, unit) == np.rint(np.ldexp(v, unit))).all()) for v in values):
+            scale = 2.0**unit
+            form = Affine(tuple(scale * x for x in affine.coefficients), np.multiply(scale, affine.offset))
+            return holds(*bounds(form, sizes), dtype)
+    return False
 
 
 # A comparison of d = a - b with 0, decided by the bounds of d: True, False or None (undecided).

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fi_compile.facts import Axis, Deny, Fact, Quantity, constant, fixed, same, settle, tidy
+from fi_compile.facts import Axis, Deny, Fact, Quantity, constant, fixed, same, settle, tidy, whole_rows
 from fi_compile.program import as_expr, is_integer, is_tensor, operator_name
 
 Result = Fact | list[Fact]
@@ -22,20 +22,26 @@ class Rule:
 
     ``scales``: arguments may carry a factor that follows the length (the rule is linear in them);
     ``junk``: arguments may have entries above a diagonal that are not certified. ``lends``: arguments whose
-    data is overwritten: they give their shape only.
+    data is overwritten: they give their shape only. ``magnitude``: how large the result may be for arguments of a
+    given magnitude, where that is not the same.
     """
 
     apply: Callable[[Call], Result]
     scales: bool = False
     junk: bool = False
     lends: tuple[str, ...] = ()
+    magnitude: Callable[[Call], int] | None = None
 
 
 RULES: dict[str, Rule] = {}
 
 
 def rule(
-    *names: str, scales: bool = False, junk: bool = False, lends: tuple[str, ...] = ()
+    *names: str,
+    scales: bool = False,
+    junk: bool = False,
+    lends: tuple[str, ...] = (),
+    magnitude: Callable[[Call], int] | None = None,
 ) -> Callable[[Any], Any]:
     """Register a function ``Call -> Fact`` for the operators called ``names``."""
 
@@ -43,7 +49,7 @@ def rule(
         for name in names:
             if name in RULES:
                 raise ValueError(f"two rules for {name}")
-            RULES[name] = Rule(function, scales, junk, lends)
+            RULES[name] = Rule(function, scales, junk, lends, magnitude)
         return function
 
     return register
@@ -55,6 +61,7 @@ class Context(Protocol):
     length: Quantity
 
     def evaluate(self, expr: Any) -> Quantity: ...  # noqa: D102
+    def follows_batch(self, expr: Any) -> bool: ...  # noqa: D102
     def fact(self, node: fx.Node) -> Result: ...  # noqa: D102
     def is_data(self, node: fx.Node) -> bool: ...  # noqa: D102
     def table(self, node: fx.Node) -> Tensor | None: ...  # noqa: D102
@@ -66,6 +73,7 @@ class Call:
 
     A rule must ask for each integer that follows the length (``q``, ``qs``); the walker refuses the call if
     one was left unread: a length used as a value. What the rule notes besides the fact: ``row_local``,
+    ``mixes_rows`` (a row of the batch that the result still has meets other rows),
     ``linear`` (groups of nodes in which the operator is jointly linear, the others fixed), ``invariant``
     (those groups along which it also commutes with shifts) and ``conditions`` for the certificate.
     """
@@ -73,6 +81,7 @@ class Call:
     node: fx.Node
     context: Context
     row_local: bool = False
+    mixes_rows: bool = False
     linear: list[frozenset[fx.Node]] = field(default_factory=list)
     invariant: list[frozenset[fx.Node]] = field(default_factory=list)
     affine_groups: list[frozenset[fx.Node]] = field(default_factory=list)
@@ -104,6 +113,7 @@ class Call:
         value = self.arguments.get(name, default)
         if isinstance(value, fx.Node):
             q = self.q(value)
+            self.no_batch(value)
             if isinstance(q, np.ndarray):
                 raise Deny("length_as_value", f"{name!r} of {self.name} follows the sequence length")
             return q
@@ -129,9 +139,21 @@ class Call:
         """A number argument: a float, or an array over all lengths where it follows the length."""
         if isinstance(value, fx.Node):
             self.read.add(value)
+            self.no_batch(value)
             result = self.context.evaluate(as_expr(value))
             return float(result) if not isinstance(result, np.ndarray) else result.astype(np.float64)
         return value
+
+    def keep_rows(self, *dims: tuple[Axis, ...]) -> None:
+        """Note what is summed, normalised or read over: rows of the batch meet if it is their axis."""
+        for axis in (a for dim in dims for a in dim):
+            whole_rows(axis, self.name)
+            self.mixes_rows = self.mixes_rows or axis.batch
+
+    def no_batch(self, value: Any) -> None:
+        """Refuse a number computed from the batch size where it is more than a size."""
+        if isinstance(value, fx.Node) and is_integer(value) and self.context.follows_batch(as_expr(value)):
+            raise Deny("batch_as_value", f"{self.name} takes a number computed from the batch size")
 
     def tensors(self) -> list[fx.Node]:
         """The tensor arguments, in order of appearance, each once."""
@@ -187,6 +209,7 @@ def one(dim: tuple[Axis, ...]) -> Axis:
 def need_fixed(fact: Fact, dim: int, doing: str) -> None:
     """Refuse to mix the elements of a dimension that is not constant in the length."""
     for axis in fact.dims[dim]:
+        whole_rows(axis, doing)
         if not axis.fixed:
             raise Deny(
                 "mixes_positions",
@@ -197,7 +220,7 @@ def need_fixed(fact: Fact, dim: int, doing: str) -> None:
 
 def mixed(dim: tuple[Axis, ...]) -> tuple[Axis, ...]:
     """A dimension whose elements were mixed: its batch rows are no longer independent."""
-    return tuple(replace(a, batch=False) if a.batch else a for a in dim)
+    return tuple(replace(a, batch=False, flat=False) if a.batch or a.flat else a for a in dim)
 
 
 def table_axis(size: Quantity) -> Axis:

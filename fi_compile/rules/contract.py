@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from fi_compile.facts import JUNK, Deny, Fact, Quantity, Triangle, is_number, least, tidy_scale
+from fi_compile.facts import JUNK, OPEN, Deny, Fact, Quantity, Triangle, is_number, least, tidy_scale
 
 from .call import Call, is_one, one, rule
 from .pointwise import broadcast, unite_dims, varies
@@ -38,6 +38,7 @@ def contracted(
         if name in out:
             continue
         shown = [facts[i].dims[d] for i, d in places]
+        c.keep_rows(*shown)
         wide = [dim for dim in shown if not is_one(dim)]
         if all(a.fixed for dim in wide for a in dim):
             continue
@@ -233,11 +234,14 @@ def attention(c: Call) -> Fact:
     queries, keys, values = one(q.dims[-2]), one(k.dims[-2]), one(v.dims[-2])
     mask = c.fact("attn_mask") if c.has("attn_mask") else None
     heads = [f.dims[:-2] for f in (q, k, v)]
+    c.keep_rows(q.dims[-1], k.dims[-1], k.dims[-2], v.dims[-2])
+    if mask is not None:
+        c.keep_rows(mask.dims[-1])
     if c.arg("enable_gqa"):
         heads = [h[:-1] for h in heads]
     if mask is not None:
         outer = mask.dims[:-2] if not c.arg("enable_gqa") else mask.dims[:-3]
-        broadcast([Fact(outer), Fact(heads[0])], "any")
+        heads = [*heads, outer]
     rank = max(len(h) for h in heads)
     dims = broadcast([Fact(h) for h in heads], "any") if rank else ()
     if c.arg("enable_gqa"):
@@ -275,7 +279,7 @@ def masked(triangle: Triangle) -> bool:
     above, diagonal = triangle.above, triangle.diagonal
     if above is JUNK or above is None or diagonal is JUNK:
         return False
-    if isinstance(above, bool):
-        return above is False and diagonal is not False
     # A row that is masked as a whole would spread over all positions: its diagonal must be open.
-    return above <= VERY_LOW and (diagonal is None or diagonal > 0.1 * VERY_LOW)
+    if isinstance(above, bool):
+        return above is False and diagonal is True
+    return above <= VERY_LOW and (diagonal is OPEN or (is_number(diagonal) and diagonal > 0.1 * VERY_LOW))

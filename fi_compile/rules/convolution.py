@@ -38,6 +38,10 @@ def convolution(c: Call) -> Fact:
     if len(x.dims) != spatial + 2:
         raise Deny("unknown_operator", f"{c.name} of an unbatched input has no rule", "add a batch dimension")
     need_fixed(x, 1, "a convolution over channels")
+    c.keep_rows(*x.dims[1:], *w.dims[1:])
+    c.mixes_rows = c.mixes_rows or any(a.batch for a in w.dims[0])
+    if c.has("bias"):
+        c.keep_rows(*c.fact("bias").dims)
     for dim in (0, 1):
         need_fixed(w, dim, "a convolution over channels")
     if isinstance(c.arg("padding"), str):

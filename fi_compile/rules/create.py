@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import fx
 
 from fi_compile.facts import EVERYWHERE, Affine, Axis, Deny, Fact, constant, fixed, settle, tidy_scale
 
-from .call import Call, half_precision, rule, table_axis
+from .call import Call, rule, table_axis
 from .pointwise import counted
 
 
@@ -21,6 +23,7 @@ def arange(c: Call) -> Fact:
             return Fact(((fixed(c.out[0]),),))
         raise Deny("length_as_value", "arange with a step that is not a whole number")
     offset = c.q(start)
+    c.no_batch(start)
     c.q("end")
     (size,) = c.out
     if step in (1, -1) and not constant(offset):
@@ -29,8 +32,7 @@ def arange(c: Call) -> Fact:
         axis = table_axis(size)
         if not constant(offset):
             raise Deny("length_as_value", "arange from a start that follows the length")
-    exact = not half_precision(c.node.meta["val"].dtype)
-    return Fact(((axis,),), affine=Affine((step,), offset) if exact else None)
+    return Fact(((axis,),), affine=Affine((step,), offset))
 
 
 def uniform(c: Call, value: object) -> Fact:
@@ -42,7 +44,7 @@ def uniform(c: Call, value: object) -> Fact:
             axis = fixed(size) if constant(size) else settle(Axis(size, EVERYWHERE, 0, -1))
         else:
             axis = table_axis(size)
-        dims.append((axis,))
+        dims.append((replace(axis, flat=True),))
     if isinstance(number, np.ndarray):
         return Fact(tuple(dims), tidy_scale(number), fill=None)
     return Fact(tuple(dims), fill=number if not isinstance(number, complex) else None)

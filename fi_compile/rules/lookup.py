@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import fx
 
 from fi_compile.facts import (
@@ -60,6 +61,7 @@ def indexed(c: Call, table: Fact, dim: int, where: Fact) -> tuple[tuple[Dim, ...
     form = where.affine
     if len(where.dims) == 1 and form is not None and abs(form.coefficients[0]) == 1 and not axis.freq:
         return ((_sliced(axis, where, int(form.coefficients[0])),),), ()
+    c.keep_rows((axis,))
     if axis.fixed:
         return tuple(where.dims), ()
     if axis.batch or not axis.plain:
@@ -115,7 +117,7 @@ def advanced_index(c: Call) -> Fact:
     indices = list(c.arg("indices"))
     places = [i for i, n in enumerate(indices) if isinstance(n, fx.Node)]
     wheres = [c.fact(indices[i]) for i in places]
-    if any(n.meta["val"].dtype.__str__() == "torch.bool" for n in indices if isinstance(n, fx.Node)):
+    if any(n.meta["val"].dtype in (torch.bool, torch.uint8) for n in indices if isinstance(n, fx.Node)):
         raise Deny(
             "data_dependent", "boolean indexing: the size of the result depends on data", "use torch.where"
         )
@@ -151,7 +153,11 @@ def gather(c: Call) -> Fact:
             others.append(where.dims[i])
             continue
         if all(a.fixed for a in (*fact.dims[i], *where.dims[i])):
-            others.append(where.dims[i])
+            shared = len(fact.dims[i]) == len(where.dims[i]) and all(
+                same(a.size, b.size) for a, b in zip(fact.dims[i], where.dims[i], strict=True)
+            )
+            pair = [fact.dims[i], where.dims[i]]
+            others.append(unite_dims(pair, "any", False) if shared else mixed(where.dims[i]))
             continue
         axis, wanted = one(fact.dims[i]), one(where.dims[i])
         if not (axis.plain and wanted.plain):
@@ -159,7 +165,8 @@ def gather(c: Call) -> Fact:
         if same(axis.size, wanted.size):
             others.append(unite_dims([fact.dims[i], where.dims[i]], "any", False))
         else:
-            others.append((replace(wanted, valid=least(axis.valid, wanted.valid), batch=False),))
+            others.append((replace(wanted, valid=least(axis.valid, wanted.valid), batch=False, flat=False),))
+    c.keep_rows(fact.dims[dim])
     if all(a.fixed for a in fact.dims[dim]):
         c.row_local = True
         others[dim] = mixed(others[dim])

@@ -30,7 +30,7 @@ from fi_compile.facts import (
 from fi_compile.program import is_integer
 
 from . import affine as index
-from .call import Call, half_precision, is_one, rule
+from .call import Call, is_one, rule
 from .triangles import combined, evaluated
 
 # f linear; f(0) = 0; any f of any number of operands.
@@ -161,16 +161,24 @@ def linear_unary(c: Call) -> Fact:
     form = fact.affine
     if c.name == "neg" and form is not None:
         form = index.scaled(form, -1)
-    elif c.name in ("real",) or half_precision(target) or target == torch.bool:
+    elif c.name != "neg" and (c.name == "real" or (source.is_floating_point and not whole(form, target))):
         form = None
     result = finish(c, dims, fact.scale, form)
-    return Fact(
-        dims, fact.scale, result.triangles, affine=form, fill=result.fill, bounds=_bounds(fact, target)
-    )
+    return Fact(dims, fact.scale, result.triangles, affine=form, fill=result.fill, bounds=_bounds(c, fact))
 
 
-def _bounds(fact: Fact, dtype: torch.dtype) -> Any:
-    return fact.bounds if dtype in (torch.int64, torch.int32) else None
+def whole(form: Affine | None, target: torch.dtype) -> bool:
+    """Whether a cast of these numbers truncates nothing."""
+    if form is None or target.is_floating_point:
+        return True
+    values = [np.asarray(v, dtype=np.float64) for v in (*form.coefficients, form.offset)]
+    return all(bool((v == np.rint(v)).all()) for v in values)
+
+
+def _bounds(c: Call, fact: Fact) -> Any:
+    if c.name == "neg" and fact.bounds is not None:
+        return tidy(-np.asarray(fact.bounds[1])), tidy(-np.asarray(fact.bounds[0]))
+    return fact.bounds
 
 
 @rule("type_as", "expand_as_copy", scales=True, junk=True)
@@ -234,11 +242,25 @@ def compare(c: Call) -> Fact:
     result = finish(c, broadcast(facts, "any"))
     rank = len(result.dims)
     a, b = (_affine(c, name, rank) for name in ("self", "other"))
-    if a is None or b is None:
-        return result
     sizes = [_total(d) for d in result.dims]
+    common = _common(c)
+    if a is None or b is None or not all(index.exact(form, sizes, common) for form in (a, b)):
+        return result
     triangles = index.compared(c.name, index.combine(a, b, -1), sizes)
     return Fact(result.dims, triangles=triangles, fill=result.fill)
+
+
+def _common(c: Call) -> torch.dtype:
+    """The type two operands of a comparison are brought to."""
+    shown = [c.arg(k) for k in ("self", "other")]
+    values: list[Any] = [v.meta["val"] if isinstance(v, fx.Node) and not is_integer(v) else v for v in shown]
+    values = [v.meta["val"].hint if isinstance(v, fx.Node) else v for v in values]
+    return torch.result_type(
+        *(
+            torch.empty(v.shape if v.dim() == 0 else 1, dtype=v.dtype) if isinstance(v, torch.Tensor) else v
+            for v in values
+        )
+    )
 
 
 def _total(dim: Dim) -> Quantity:
@@ -262,7 +284,7 @@ def clamp(c: Call) -> Fact:
     result = finish(c, broadcast(facts, "any"))
     known = value_bounds(facts[0])
     low, high = c.arg("min"), c.arg("max")
-    if known is None or isinstance(low, fx.Node) or isinstance(high, fx.Node):
+    if known is None or not all(v is None or isinstance(v, int) for v in (low, high)):
         return result
     least, most = known
     if low is not None:
@@ -355,7 +377,7 @@ def add(c: Call) -> Fact:
         c.affine_groups.append(frozenset(nodes))
     a, b = (_affine(c, name, rank) for name in ("self", "other"))
     form = None
-    if a is not None and b is not None and c.node.meta["val"].dtype not in (torch.float16, torch.bfloat16):
+    if a is not None and b is not None:
         form = index.combine(index.scaled(a, first), b, second if first == 1 else 1)
     return finish(c, dims, scale, form)
 
@@ -398,7 +420,10 @@ def _shifted_by_length(c: Call, fact: Fact, value: np.ndarray, sign: float, leng
     axis = counted(fact.dims[dim][0].size, int(coefficient), offset)
     c.row_local = False
     dims = (*fact.dims[:dim], (axis,), *fact.dims[dim + 1 :])
-    return Fact(dims, affine=Affine(tuple(x * sign for x in form.coefficients), offset))
+    form = Affine(tuple(x * sign for x in form.coefficients), offset)
+    if not index.exact(form, [_total(d) for d in dims], c.node.meta["val"].dtype):
+        raise Deny("length_as_value", "counts from the end in a type that does not hold every position")
+    return Fact(dims, affine=form)
 
 
 def counted(size: Quantity, step: int, offset: Quantity) -> Axis:

@@ -42,6 +42,7 @@ def sums(c: Call) -> Fact:
     """Over features; over keys where later ones are exactly 0."""
     fact = c.fact("self")
     dims = listed(c, fact)
+    c.keep_rows(*(fact.dims[d] for d in dims))
     follows = [d for d in dims if not all(a.fixed for a in fact.dims[d])]
     c.note_linear([c.arg("self")])
     if not follows:
@@ -99,6 +100,7 @@ def softmax(c: Call) -> Fact:
     triangles = []
     c.row_local = True
     for dim in dims:
+        c.keep_rows(fact.dims[dim])
         if all(a.fixed for a in fact.dims[dim]):
             shown[dim] = mixed(shown[dim])
             continue
@@ -132,8 +134,10 @@ def layer_norm(c: Call) -> Fact:
     for d in range(len(fact.dims) - count, len(fact.dims)):
         need_fixed(fact, d, "a normalisation")
     for key in ("weight", "bias"):
-        if c.has(key) and not all(a.fixed for a in c.fact(key).axes):
-            raise Deny("unproved", "a normalisation whose weight follows the length")
+        if c.has(key):
+            c.keep_rows(*c.fact(key).dims)
+            if not all(a.fixed for a in c.fact(key).axes):
+                raise Deny("unproved", "a normalisation whose weight follows the length")
     c.row_local = True
     dims = [tuple(filled(a) for a in d) for d in fact.dims]
     return Fact((*dims[: len(dims) - count], *(mixed(d) for d in dims[len(dims) - count :])))
@@ -145,8 +149,11 @@ def group_norm(c: Call) -> Fact:
     fact = c.fact("input")
     for d in range(1, len(fact.dims)):
         need_fixed(fact, d, "a normalisation over everything behind the channels")
+    for key in ("weight", "bias"):
+        if c.has(key):
+            c.keep_rows(*c.fact(key).dims)
     c.row_local = True
-    return Fact(fact.dims)
+    return Fact((fact.dims[0], *(mixed(d) for d in fact.dims[1:])))
 
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "_batch_norm_no_update")
@@ -157,6 +164,10 @@ def batch_norm(c: Call) -> Result:
         raise Deny("mixes_positions", "batch normalisation over the current batch", "call model.eval()")
     _no_spectra(c, fact, [])
     c.row_local = True
+    for key in ("weight", "bias", "running_mean", "running_var"):
+        if c.has(key):
+            c.keep_rows(*c.fact(key).dims)
+    c.keep_rows(fact.dims[1])
     dims = tuple(tuple(filled(a) for a in d) for d in fact.dims)
     values = c.node.meta["val"]
     if isinstance(values, (list, tuple)):

@@ -12,6 +12,7 @@ from fi_compile.facts import (
     Deny,
     Fact,
     Quantity,
+    by_batch,
     constant,
     cut,
     fixed,
@@ -42,6 +43,8 @@ def bounded(c: Call, value: object, size: Quantity, default: Quantity) -> Quanti
     if value is None:
         return default
     q = c.q(value)
+    if not by_batch(size):
+        c.no_batch(value)
     q = tidy(np.where(np.less(q, 0), np.add(q, size), q))
     return least(most(q, 0), size)
 
@@ -101,9 +104,14 @@ def slice_(c: Call) -> Fact:
                 "a strided view of positions has no incremental form here",
             )
         return replaced(fact, dim, (fixed(c.out[dim]),))
-    result = window(c, fact, dim, start, stop)
-    c.row_local = same(start, 0)
-    return result
+    c.row_local = keeps_rows(c, fact, dim, start, stop)
+    return window(c, fact, dim, start, stop)
+
+
+def keeps_rows(c: Call, fact: Fact, dim: int, start: Quantity, stop: Quantity) -> bool:
+    """Whether row i of ``fact[start:stop]`` along ``dim`` is row i of ``fact``, at every row of the sequence."""
+    whole = same(start, 0) and (same(stop, _size(fact.dims[dim])) or same(stop, c.context.length))
+    return whole or (all(a.fixed for a in fact.dims[dim]) and constant(start) and constant(stop))
 
 
 @rule("narrow", scales=True)
@@ -112,9 +120,12 @@ def narrow(c: Call) -> Fact:
     fact = c.fact("self")
     dim = c.dim(c.number("dim"), len(fact.dims))
     start = bounded(c, c.arg("start"), _size(fact.dims[dim]), 0)
+    stop = tidy(np.add(start, c.q("length")))
+    if not by_batch(_size(fact.dims[dim])):
+        c.no_batch(c.arg("length"))
     c.note_linear([c.arg("self")])
-    c.row_local = same(start, 0)
-    return window(c, fact, dim, start, tidy(np.add(start, c.q("length"))))
+    c.row_local = keeps_rows(c, fact, dim, start, stop)
+    return window(c, fact, dim, start, stop)
 
 
 @rule("select", "select_copy", scales=True)
@@ -124,6 +135,7 @@ def select(c: Call) -> Fact:
     dim = c.dim(c.number("dim"), len(fact.dims))
     size = _size(fact.dims[dim])
     index = c.q("index")
+    c.no_batch(c.arg("index"))
     index = tidy(np.where(np.less(index, 0), np.add(index, size), index))
     result = window(c, fact, dim, index, tidy(np.add(index, 1)))
     if not result.newest and not result.dims[dim][0].fixed:
@@ -146,6 +158,8 @@ def pad(c: Call) -> Fact:
     if mirrored and any(not one(fact.dims[-1 - i]).fixed for i in range(len(c.arg("pad")) // 2)):
         raise Deny("unproved", f"padding mode {c.arg('mode')!r}", "pad with zeros on the left")
     amounts = c.qs("pad")
+    for amount in c.arg("pad"):
+        c.no_batch(amount)
     value = c.number("value") or 0
     dims = list(fact.dims)
     for i in range(len(amounts) // 2):

@@ -59,7 +59,9 @@ def forward(c: Call) -> Fact:
         axis = free
     if axis.period is None:
         axis = cut(axis, 0, least(axis.size, n))
-    axis = replace(axis, size=size, period=n, freq=True, real=not c.is_complex(c.arg("self")), batch=False)
+    axis = replace(
+        axis, size=size, period=n, freq=True, real=not c.is_complex(c.arg("self")), batch=False, flat=False
+    )
     return Fact(_replace(fact, dim, axis), _scale(c, fact, n, forward=True))
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from fi_compile.facts import JUNK, Fact, Triangle, constant, is_number
+from fi_compile.facts import EXTREME, JUNK, LARGE, OPEN, ORDINARY, Fact, Triangle, constant, is_number
 
 from .call import Call
+from .magnitude import magnitude
 
 # In a softmax, scores this low weigh exactly nothing beside an ordinary one.
 VERY_LOW = -1e30
@@ -24,7 +25,8 @@ def of_operand(fact: Fact, rank: int, query: int, key: int) -> tuple[Any, Any]:
     for t in fact.triangles:
         if (t.query + missing, t.key + missing) == (query, key):
             return t.above, t.diagonal
-    return None, None
+    ordinary = OPEN if fact.magnitude == ORDINARY else None
+    return ordinary, ordinary
 
 
 def pairs(facts: Sequence[Fact], rank: int) -> set[tuple[int, int]]:
@@ -41,16 +43,25 @@ def combined(c: Call, rank: int) -> tuple[Triangle, ...]:
         states = [of_operand(f, rank, query, key) for f in facts]
         above = state(c, dict(zip(nodes, (s[0] for s in states), strict=True)))
         diagonal = state(c, dict(zip(nodes, (s[1] for s in states), strict=True)))
-        if above is not None:
+        if above is JUNK or is_number(above):
             found.append(Triangle(query, key, above, diagonal))
     return tuple(found)
 
 
 def state(c: Call, states: dict[Any, Any]) -> Any:
-    """One entry of the result, given that entry of every tensor operand: a number, ``None`` or JUNK."""
+    """One entry of the result, given that entry of every tensor operand: a number, OPEN, ``None`` or JUNK."""
     value = _state(c, states)
-    dtype = c.node.meta["val"].dtype
-    return bool(value) if dtype == torch.bool and is_number(value) else value
+    return in_dtype(value, c.node.meta["val"].dtype) if is_number(value) else value
+
+
+def in_dtype(number: float, dtype: torch.dtype) -> Any:
+    """A number as a tensor of this type holds it; ``None`` where it cannot."""
+    if dtype.is_complex:
+        return number
+    try:
+        return torch.full((), number, dtype=dtype).item()
+    except (RuntimeError, ValueError, OverflowError):
+        return None
 
 
 def _state(c: Call, states: dict[Any, Any]) -> Any:
@@ -63,7 +74,14 @@ def _state(c: Call, states: dict[Any, Any]) -> Any:
         isinstance(a, torch.fx.Node) and a not in states for a in c.node.all_input_nodes
     ):
         return evaluated(c, states)
-    return JUNK if any(v is JUNK for v in states.values()) else None
+    if any(v is JUNK for v in states.values()):
+        return JUNK
+    levels = [ORDINARY if _moderate(v) else EXTREME for v in states.values()]
+    return OPEN if states and magnitude(c, levels, own=False) == ORDINARY else None
+
+
+def _moderate(value: Any) -> bool:
+    return value is OPEN or (is_number(value) and abs(value) <= LARGE)
 
 
 def evaluated(c: Call, states: dict[Any, Any]) -> Any:
@@ -76,7 +94,7 @@ def evaluated(c: Call, states: dict[Any, Any]) -> Any:
     args, kwargs = torch.fx.map_arg((c.node.args, c.node.kwargs), scalar)
     try:
         value = c.node.target(*args, **kwargs)  # type: ignore[operator]
-    except (RuntimeError, TypeError, ValueError, IndexError):
+    except (RuntimeError, TypeError, ValueError, IndexError, OverflowError):
         return None
     if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.is_complex():
         return None
@@ -110,7 +128,7 @@ def _product(c: Call, states: dict[Any, Any]) -> Any:
     values = [_operand(c, "self", states), _operand(c, "other", states)]
     if any(is_number(v) and v == 0 for v in values):
         other = values[1] if is_number(values[0]) and values[0] == 0 else values[0]
-        if other is None and not _may_overflow(c):
+        if other is OPEN and not _may_overflow(c):
             return 0
         if is_number(other) and math.isfinite(other):
             return 0
@@ -131,11 +149,15 @@ def _may_overflow(c: Call) -> bool:
 def _sum(c: Call, states: dict[Any, Any]) -> Any:
     a, b = _operand(c, "self", states), _operand(c, "other", states)
     if c.name == "sub":
-        b = -b if is_number(b) and not isinstance(b, bool) else b if b is None or b is JUNK else _UNDECIDED
+        b = -b if is_number(b) and not isinstance(b, bool) else b if b in (None, OPEN, JUNK) else _UNDECIDED
     if b is _UNDECIDED or a is JUNK or b is JUNK or c.arg("alpha", 1) != 1:
         return _UNDECIDED
     for known, other in ((a, b), (b, a)):
-        if is_number(known) and known <= VERY_LOW and other is None:
+        if (
+            is_number(known)
+            and known <= VERY_LOW
+            and (other is OPEN or (is_number(other) and abs(other) <= LARGE))
+        ):
             return float(known)
     return _UNDECIDED
 
@@ -154,7 +176,7 @@ def _quotient(c: Call, states: dict[Any, Any]) -> Any:
     numerator, denominator = _operand(c, "self", states), _operand(c, "other", states)
     if not is_number(numerator) or c.arg("rounding_mode") is not None:
         return _UNDECIDED
-    if numerator == 0 and denominator is None:
+    if numerator == 0 and denominator in (None, OPEN):
         return numerator
     if numerator <= VERY_LOW and is_number(denominator) and denominator > 0:
         return float(numerator) / denominator

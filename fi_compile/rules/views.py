@@ -128,7 +128,7 @@ def repeated(fact: Fact, sizes: tuple[Quantity, ...]) -> Fact:
     dims: list[Dim] = []
     for i, size in enumerate(sizes):
         dim = fact.dims[i - missing] if i >= missing else (fixed(1),)
-        dims.append((table_axis(size),) if is_one(dim) and not same(size, 1) else dim)
+        dims.append((replace(table_axis(size), flat=True),) if is_one(dim) and not same(size, 1) else dim)
     return moved(fact, tuple(dims), {i: i + missing for i in range(len(fact.dims))})
 
 
@@ -144,7 +144,7 @@ def repeat(c: Call) -> Fact:
         if same(n, 1):
             dims.append(dim)
         elif is_one(dim):
-            dims.append((table_axis(size),))
+            dims.append((replace(table_axis(size), flat=True),))
         elif all(a.fixed for a in dim) and constant(n):
             dims.append((fixed(size),))
         else:
