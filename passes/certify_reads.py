@@ -37,13 +37,13 @@ def certify_reads(
 
     Requires: a plan that reproduces the samples. ``values``: the weights in double precision; ``is_affine(unit, x)``:
     whether every operator from x to the exit is certified affine. Ensures: True only if the unit is one operator, or
-    affine in every value of which it reads new rows (random input shows nothing of rare events behind a threshold),
+    affine in every value it reads (random input shows nothing of rare events behind a threshold),
     no replaced pattern of rows moved a row that was not replaced, and the plan's own rows equal the whole unit's at
     positions spread over the capacity. False also where that would take too much memory.
     """
     single = sum(_computes(node, analysis) for node in unit.nodes) == 1
-    partly = [n for n, d in unit.reads.items() if NEW in d and n in analysis.program.input_dependent]
-    if not single and not all(is_affine(unit, node) for node in partly):
+    data = [n for n in unit.reads if n in analysis.program.input_dependent]
+    if not single and not all(is_affine(unit, node) for node in data):
         return False
     trial = _Trial(analysis, unit, capacity, values, single)
     return trial.fits() and trial.is_local() and trial.reproduces()

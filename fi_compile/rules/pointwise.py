@@ -254,7 +254,7 @@ def _common(c: Call) -> torch.dtype:
     """The type two operands of a comparison are brought to."""
     shown = [c.arg(k) for k in ("self", "other")]
     values: list[Any] = [v.meta["val"] if isinstance(v, fx.Node) and not is_integer(v) else v for v in shown]
-    values = [v.meta["val"].hint if isinstance(v, fx.Node) else v for v in values]
+    values = [0 if isinstance(v, fx.Node) else v for v in values]
     return torch.result_type(
         *(
             torch.empty(v.shape if v.dim() == 0 else 1, dtype=v.dtype) if isinstance(v, torch.Tensor) else v
