@@ -106,7 +106,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             full = model(grown)[:, prompt.shape[1] - 1 : -1]
             margin = full.max(-1).values - full.gather(-1, grown[:, prompt.shape[1] :, None])[..., 0]
             if float(margin.max()) > 1e-4 * float(full.abs().max()):
-                raise SystemExit(f"the transparent loop left the model's greedy path after {same}; no figures")
+                raise SystemExit(
+                    f"the transparent loop left the model's greedy path after {same}; no figures"
+                )
     figures = {
         "tokens": tokens,
         "threads": torch.get_num_threads(),

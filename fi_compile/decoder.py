@@ -387,7 +387,9 @@ class Decoder:
         if changed:
             current = self._watch.current()
             for name, value in current.items():
-                known = self.engine.program.nodes[name].meta["val"]  # a live tensor may have changed its dtype
+                known = self.engine.program.nodes[name].meta[
+                    "val"
+                ]  # a live tensor may have changed its dtype
                 if (value.shape, value.dtype, value.device) != (known.shape, known.dtype, known.device):
                     raise InputError(
                         f"{name!r} was {known.dtype} {list(known.shape)} and now is {value.dtype} "

@@ -280,7 +280,7 @@ def _living() -> list[Session]:
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """Trace while no other thread compiles; one that calls a compiled model meanwhile runs it uncompiled."""
-    setting = dynamo_config._config["error_on_nested_fx_trace"]
+    setting = vars(dynamo_config)["_config"]["error_on_nested_fx_trace"]
     with compile_lock:  # a patch of the setting holds for one thread, its default for all
         former, setting.default = setting.default, False
         try:

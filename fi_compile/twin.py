@@ -113,4 +113,6 @@ def vocabulary(program: Program) -> int | None:
     return min(rows, default=None)
 
 
-_CARRIES_IDS = frozenset({"to", "_to_copy", "clone", "alias", "contiguous", "view", "reshape", "unsqueeze", "squeeze"})
+_CARRIES_IDS = frozenset(
+    {"to", "_to_copy", "clone", "alias", "contiguous", "view", "reshape", "unsqueeze", "squeeze"}
+)

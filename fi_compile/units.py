@@ -49,7 +49,9 @@ class Plan:
     outputs: tuple[Any, ...]
     axes: Mapping[fx.Node, tuple[int, ...]]  # sequence axes of every tensor node
     batch_axes: Mapping[fx.Node, tuple[int, ...]]
-    tested: tuple[Unit, ...]  # units whose reads no rule certifies: to be asked again at other weights or capacities
+    tested: tuple[
+        Unit, ...
+    ]  # units whose reads no rule certifies: to be asked again at other weights or capacities
 
     @property
     def regions(self) -> tuple[Unit, ...]:

@@ -181,86 +181,51 @@ def offset_by_batch(m: Any, x: Tensor) -> Tensor:
     return (x + m.w / x.shape[0]).cumsum(1)
 
 
-FIRST_ROW = "a slice from 0 of some rows counts as row-local"
-OPEN_DIAGONAL = "a diagonal of unknown content counts as open"
-INEXACT_INDEX = "an affine fact survives overflow, truncation or rounding"
-BATCH_VALUE = "tables and offsets are derived with a batch of 1"
-
 RARE = "what happens rarely, or later than 200 positions, is not seen on random input"
 
-# name: (function, tensors, length, options, why it is wrong now; empty: it is not)
-STEPPED: dict[str, tuple[Function, dict[str, Any], int, dict[str, Any], str]] = {
+# name: (function, tensors, length, options)
+STEPPED: dict[str, tuple[Function, dict[str, Any], int, dict[str, Any]]] = {
     "comb_filter": (
         comb_filter,
         {"k": randn(3, 400), "buf_mask": (torch.arange(400) % 32 == 0).double()},
         60,
         {"capacity": 1024, "block": 32},
-        "",
     ),
     "late_filter": (
         late_filter,
         {"buf_k": randn(3, 400) * ((torch.arange(400) == 0) | (torch.arange(400) >= 100))},
         150,
         {},
-        "",
     ),
-    "dilated_weights": (dilated_weights, {}, 100, {}, ""),
-    "far_band": (far_band, {}, 60, {}, ""),
-    "delayed_memory": (delayed_memory, {"w": randn(3, 3)}, 100, {}, ""),
-    "clamped_lag": (clamped_lag, {}, 100, {}, ""),
-    "far_nonlinear": (far_nonlinear, {}, 60, {}, ""),
-    "far_product": (far_product, {"w": randn(3, 3)}, 60, {}, ""),
-    "first_row_sliced": (first_row_sliced, {}, 60, {}, FIRST_ROW),
-    "first_row_narrowed": (first_row_narrowed, {}, 60, {}, FIRST_ROW),
-    "masked_rows": (masked_rows, {}, 60, {}, OPEN_DIAGONAL),
-    "first_mask_row": (first_mask_row, {}, 60, {}, OPEN_DIAGONAL),
-    "sunken_scores": (
-        sunken_scores,
-        {},
-        60,
-        {},
-        "a finite low is taken for minus infinity whatever the scores are",
-    ),
-    "uint8_positions": (
-        masked_by(lambda i: i.to(torch.uint8)),
-        {},
-        300,
-        {"max_length": 400},
-        INEXACT_INDEX,
-    ),
-    "int8_positions": (masked_by(lambda i: i.to(torch.int8)), {}, 200, {"max_length": 200}, INEXACT_INDEX),
-    "overflowing_positions": (masked_by(lambda i: i * 2**57), {}, 100, {"capacity": 128}, INEXACT_INDEX),
+    "dilated_weights": (dilated_weights, {}, 100, {}),
+    "far_band": (far_band, {}, 60, {}),
+    "delayed_memory": (delayed_memory, {"w": randn(3, 3)}, 100, {}),
+    "clamped_lag": (clamped_lag, {}, 100, {}),
+    "far_nonlinear": (far_nonlinear, {}, 60, {}),
+    "far_product": (far_product, {"w": randn(3, 3)}, 60, {}),
+    "first_row_sliced": (first_row_sliced, {}, 60, {}),
+    "first_row_narrowed": (first_row_narrowed, {}, 60, {}),
+    "masked_rows": (masked_rows, {}, 60, {}),
+    "first_mask_row": (first_mask_row, {}, 60, {}),
+    "sunken_scores": (sunken_scores, {}, 60, {}),
+    "uint8_positions": (masked_by(lambda i: i.to(torch.uint8)), {}, 300, {"max_length": 400}),
+    "int8_positions": (masked_by(lambda i: i.to(torch.int8)), {}, 200, {"max_length": 200}),
+    "overflowing_positions": (masked_by(lambda i: i * 2**57), {}, 100, {"capacity": 128}),
     "truncated_positions": (
         masked_by(lambda i: ((i.double() + 0.5) * (127 / 128)).long()),
         {},
         100,
         {"capacity": 128},
-        INEXACT_INDEX,
     ),
-    "rounded_positions": (
-        masked_by(lambda i: i.float() + (2.0**24 - 40)),
-        {},
-        100,
-        {"capacity": 128},
-        INEXACT_INDEX,
-    ),
-    "divided_by_batch": (divided_by_batch, {"w": randn(3)}, 12, {}, BATCH_VALUE),
-    "offset_by_batch": (offset_by_batch, {"w": randn(3)}, 12, {}, BATCH_VALUE),
+    "rounded_positions": (masked_by(lambda i: i.float() + (2.0**24 - 40)), {}, 100, {"capacity": 128}),
+    "divided_by_batch": (divided_by_batch, {"w": randn(3)}, 12, {}),
+    "offset_by_batch": (offset_by_batch, {"w": randn(3)}, 12, {}),
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=case[-1]) if case[-1] else (),
-        )
-        for name, case in STEPPED.items()
-    ],
-)
+@pytest.mark.parametrize("name", STEPPED)
 def test_what_short_samples_do_not_show(name):
-    function, tensors, length, options, _ = STEPPED[name]
+    function, tensors, length, options = STEPPED[name]
     model, x = Model(function, **tensors), features(2, length, 3)
     assert held(lambda: by_steps(model, x, **options))
 
@@ -276,17 +241,14 @@ def high_threshold(m: Any, x: Tensor) -> Tensor:
     return x + (delayed(x, 1) - 7).relu()[:, : x.shape[1]]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=RARE)
 def test_a_delay_longer_than_what_is_tried():
     assert held(lambda: by_steps(Model(far_delay), features(1, 240, 2), capacity=512, block=32))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=RARE)
 def test_a_threshold_above_all_samples():
     assert held(lambda: by_steps(Model(high_threshold), 10 * features(2, 30, 3)))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=RARE)
 def test_one_id_in_many_changes_the_position_after_it():
     def after_the_last_id(m: Any, t: Tensor) -> Tensor:
         ended = (F.pad(t, (1, 0)) == 4999)[:, : t.shape[1]]
@@ -374,25 +336,17 @@ DEAD = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "filters",
-        "region",
-        pytest.param(
-            "scores",
-            marks=pytest.mark.xfail(
-                strict=True, raises=AssertionError, reason="a finite low hides nothing for sure"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", DEAD)
 def test_weights_that_come_alive_after_creation(name):
     function, tensors = DEAD[name]
     model, x = Model(function, **tensors), features(2, 40, 3)
-    dec = small(model, x)
-    model.get_parameter("gate").fill_(1.0)
-    assert held(lambda: by_steps(model, x, dec, prompt=5))
+
+    def attack() -> float:
+        dec = small(model, x)
+        model.get_parameter("gate").fill_(1.0)
+        return by_steps(model, x, dec, prompt=5)
+
+    assert held(attack)
 
 
 @pytest.mark.xfail(
@@ -523,14 +477,13 @@ def counted_rows(m: Any, x: Tensor) -> Tensor:
 MIXED_ROWS = [contracted_over_rows, attention_over_rows, dead_mixing_of_rows, numbered_rows, counted_rows]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="rows are declared independent that are not")
 @pytest.mark.parametrize("function", MIXED_ROWS)
 def test_reorder_of_rows_that_know_of_each_other(function):
     model, x = Model(function, gate=torch.full((), -9.0).double()), features(3, 40, 3)
-    dec = small(model, x)
-    model.get_parameter("gate").fill_(1.0)
 
     def attack() -> float:
+        dec = small(model, x)
+        model.get_parameter("gate").fill_(1.0)
         dec.prefill(x[:, :30])
         dec.reorder([2, 1])
         return gap(dec.step(x[[2, 1], 30]), model(x[[2, 1]])[:, 30])
@@ -538,13 +491,12 @@ def test_reorder_of_rows_that_know_of_each_other(function):
     assert held(attack)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="rows are declared independent that are not")
 @pytest.mark.parametrize("function", MIXED_ROWS[:2] + MIXED_ROWS[3:])
 def test_ragged_rows_that_know_of_each_other(function):
     model, x = Model(function, gate=torch.zeros(()).double()), features(3, 40, 3)
-    dec = small(model, x)
 
     def attack() -> float:
+        dec = small(model, x)
         dec.prefill(x[:, :33], lengths=[31, 32, 33])
         token = torch.stack([x[i, n] for i, n in enumerate((31, 32, 33))])
         return gap(dec.step(token)[1], model(x)[1, 32])
@@ -586,7 +538,6 @@ def padded_spectrum(m: Any, x: Tensor) -> Tensor:
     return torch.fft.irfft(spectrum, n=n)[..., : x.shape[1]].transpose(1, 2)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="a padded spectrum is taken for a cyclic sequence")
 def test_a_padded_spectrum():
     assert held(lambda: by_steps(Model(padded_spectrum), features(2, 30, 3)))
 

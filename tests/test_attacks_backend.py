@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fi_compile import doors
 from fi_compile.doors import FlashinfWarning
@@ -54,7 +55,7 @@ def extended(ids: Tensor, more: int = 1) -> Tensor:
 
 
 def assert_like(found, expected) -> None:
-    pairs = zip(*(torch.utils._pytree.tree_leaves(tree) for tree in (found, expected)), strict=True)
+    pairs = zip(*(pytree.tree_leaves(tree) for tree in (found, expected)), strict=True)
     for a, b in pairs:
         if not isinstance(b, Tensor):
             assert type(a) is type(b)
