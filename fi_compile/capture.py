@@ -143,7 +143,9 @@ def disagreements(program: Program, model: nn.Module) -> list[int]:
         return [n for n in tested if not _equal_prefix(program, perturbed, sequence[:, :n], whole)]
 
 
-def _equal_prefix(program: Program, model: nn.Module, sequence: Tensor, whole: dict[fx.Node, Any]) -> bool:
+def _equal_prefix(
+    program: Program, model: Callable[[Tensor], Any], sequence: Tensor, whole: dict[fx.Node, Any]
+) -> bool:
     """Whether the model on a prefix gives the first rows of every output of a longer run."""
     try:
         found = pytree.tree_leaves(model(sequence))

@@ -57,7 +57,7 @@ def build_engine(model: nn.Module, example: Tensor, options: Options) -> Engine:
         raise InputError("example: expected a tensor with data, found one on the meta device")
     if example.is_complex():
         raise InputError(f"example: expected ids or real features, found {example.dtype}")
-    refusals = [*_active_dropout(model), *_not_finite(model)]
+    refusals = _active_dropout(model)
     if refusals:
         raise Unsupported(*refusals)
     program = trace_module(model, example, length=options.max_length)
@@ -72,19 +72,6 @@ def _active_dropout(model: nn.Module) -> list[Refusal]:
                     "training",
                     f"{name!r} drops activations at random: the model is in training mode",
                     hint="call model.eval() first",
-                )
-            ]
-    return []
-
-
-def _not_finite(model: nn.Module) -> list[Refusal]:
-    for name, value in model.named_parameters():
-        if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
-            return [
-                Refusal(
-                    "weights",
-                    f"parameter {name!r} has NaN or infinite values",
-                    hint="load finite weights; nothing can be compared with a model that computes NaN",
                 )
             ]
     return []

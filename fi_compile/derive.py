@@ -115,9 +115,10 @@ def _add_tables(
     shape = (batch, step.capacity, *example.shape[2:])
     sequence = example.new_zeros((1,) * len(shape)).expand(shape)
     nodes: list[fx.Node] = list(step.plan.tables)
-    found = program.evaluate(sequence, values, keep=nodes, rewrite=rewrite)
+    with torch.no_grad():
+        found = program.evaluate(sequence, values, keep=nodes, rewrite=rewrite)
     for node, demands in step.plan.tables.items():
-        axes, value = step.axes[node], found[node]
+        axes, value = step.axes[node], found[node].detach()
         if not axes or (ALL,) in demands:
             constants[f"table:{node.name}"] = value
         if any(d != (ALL,) for d in demands) and axes:

@@ -64,7 +64,9 @@ class Engine:
         self._raised: dict[int, Program] = {}
         self._steps: dict[Any, CompiledStep] = {}
         self.snapshots: list[Snapshot] = []
+        check_finite(program)
         self._analyse()
+        self._check_limit()
 
     def _analyse(self) -> None:
         self._timed("trace", lambda: None, program=self.program, rewrites=0)
@@ -243,13 +245,16 @@ class Engine:
 
     def _first_capacity(self) -> int:
         wanted, most = self.options.max_length, self.program.lengths.maximum
+        limits = [n for n in (wanted or self.options.capacity, most) if n is not None]
+        return min(limits)
+
+    def _check_limit(self) -> None:
+        """A model that can be decoded, but not as far as was asked for."""
+        wanted, most = self.options.max_length, self.program.lengths.maximum
         if wanted is not None and most is not None and wanted > most:
             raise CapacityError(
                 f"max_length={wanted} exceeds {most}, the longest sequence the model's tables and guards admit"
             )
-        if wanted is not None:
-            return wanted
-        return min(self.options.capacity, most) if most is not None else self.options.capacity
 
     def capacity_for(self, needed: int, *, grow: bool = False) -> int:
         """The capacity, doubled from the first one, that holds ``needed`` positions.
@@ -337,6 +342,7 @@ class Engine:
         """
         kinds = {i.name: i.kind for i in self.program.inputs}
         program = self.program.with_values(values)
+        check_finite(program)
         if not any(kinds[n] is not Kind.PARAMETER or n in self.proof.values_read for n in changed):
             twin = copy.copy(self)
             twin.program, twin._derived, twin._raised, twin._filters = program, {}, {}, {}
@@ -447,3 +453,22 @@ class Engine:
             values = [step[place] for step in steps]
             flat.append(torch.cat(values, axes[0]) if axes else values[-1])
         return pytree.tree_unflatten(flat, self.program.out_spec)
+
+
+def check_finite(program: Program) -> None:
+    """Raise :class:`Unsupported` where a parameter has NaN or infinite values."""
+    for spec in program.inputs:
+        value = program.values.get(spec.name)
+        if spec.kind is not Kind.PARAMETER or value is None or value.dtype in _WHOLE:
+            continue
+        if not bool(torch.isfinite(value).all()):
+            raise Unsupported(
+                Refusal(
+                    "weights",
+                    f"parameter {spec.path!r} has NaN or infinite values",
+                    hint="load finite weights; nothing can be compared with a model that computes NaN",
+                )
+            )
+
+
+_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -118,6 +118,11 @@ def test_the_proposal_marks_what_disagrees_with_its_prefixes(compiled):
 def test_without_an_increment_everything_before_is_kept(compiled):
     """The fallback: no mixer is recognised, and the plan is still complete."""
     _, _, engine = compiled
-    plan = plan_demands(engine.analysis, lambda analysis, unit, x: None, engine.proof.row_local)
+    plan = plan_demands(
+        engine.analysis,
+        lambda analysis, unit, x: None,
+        engine.proof.row_local,
+        lambda unit: engine._certify(unit, engine.capacity, engine.double_values),
+    )
     assert all(unit.mixer is None for unit in plan.units)
     assert plan.histories
