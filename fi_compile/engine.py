@@ -123,12 +123,10 @@ class Engine:
                 continue
             rows = self.analysis.axes[node].rows
             consistent = node in self.analysis.consistent or not rows
-            if self._is_certified(node):
-                if not consistent:
-                    raise Unsupported(explain_inconsistency(self.analysis), *self.proof.refusals)
-                continue
             if not consistent:
                 raise Unsupported(explain_inconsistency(self.analysis), *self.proof.refusals)
+            if self._is_certified(node):
+                continue
             unproved = Refusal(
                 "unproved",
                 f"{node.name!r} looks causal on random input, but nothing certifies it at every length",

@@ -44,7 +44,7 @@ class Lane:
             for node in step.plan.histories:
                 self.tensors[f"history:{node.name}"] = self._history(node)
             for name, window in step.windows.items():
-                shape = (ring_rows(window.reads), batch, window.width)
+                shape = (ring_rows(window.reads), batch, window.channels_in)
                 self.tensors[f"ring:{name}"] = torch.zeros(shape, dtype=derived.dtype, device=device)
             for name, table in derived.tables.items():
                 self.tensors[name] = table.new_zeros((derived.block, *table.shape[1:]))

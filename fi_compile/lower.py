@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +13,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .errors import FlashinfWarning
 from .step import StepProgram
-
-log = logging.getLogger(__name__)
 
 # Above this many rows a product with a weight is a matrix product; below, reading the weight is all it costs.
 _MOST_ROWS_BY_SUM = 2

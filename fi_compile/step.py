@@ -87,7 +87,7 @@ class _Run:
         self.batch = t["row"].shape[0]
         self.inputs: list[Tensor] = []
         self.pending: Tensor | None = None
-        self.channel_in = self.channel_out = 0
+        self.channel_out = 0
         self.put(self.program.sequence, (NEW,), t["row"])
 
     def put(self, node: fx.Node, demand: tuple[str, ...], value: Any) -> None:

@@ -181,7 +181,7 @@ class _Planner:
     ) -> Iterator[Unit]:
         """Ways to read the inputs, cheapest first: by how many histories they need."""
         tensors = [i for i in inputs if is_tensor(i)]
-        choices = [self.choices(i, len(demand)) for i in tensors]
+        choices = [self.choices(i) for i in tensors]
         assignments = sorted(itertools.product(*choices), key=lambda a: self.price(tensors, a))
         bindings = ("row", "axis", "full", "region")
         for assignment in assignments:
@@ -191,7 +191,7 @@ class _Planner:
             for binding in bindings:
                 yield Unit(node, demand, nodes, dict(zip(tensors, assignment, strict=True)), binding)
 
-    def choices(self, node: fx.Node, exit_axes: int) -> list[Demand]:
+    def choices(self, node: fx.Node) -> list[Demand]:
         axes = len(self.rows(node))
         if axes <= 1:
             return [(NEW,), (ALL,)][: 2 * axes] or [()]

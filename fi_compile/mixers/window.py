@@ -26,11 +26,6 @@ class ShortConv:
         """How many earlier positions a step reads."""
         return self.taps - 1
 
-    @property
-    def width(self) -> int:
-        """Channels a row of the ring has."""
-        return self.channels_in
-
     def step(
         self, ring: Tensor, position: Tensor, x: Tensor, kernel: Tensor, source: Tensor | None
     ) -> Tensor:
@@ -60,11 +55,6 @@ class Scan:
     channels_in: int
 
     reads = 1
-
-    @property
-    def width(self) -> int:
-        """Channels a row of the ring has."""
-        return self.channels_in
 
     def step(
         self, ring: Tensor, position: Tensor, x: Tensor, kernel: Tensor, source: Tensor | None
