@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from .branches import same_below
 from .errors import Refusal, Unsupported
 from .program import Input, Kind, Lengths, Program, as_expr
 from .symbolic import evaluate_at
@@ -38,6 +39,7 @@ _KINDS = {
 # Guards are evaluated up to here to learn which lengths they admit; far beyond any capacity in use.
 _HORIZON = 1 << 21
 _MOST_HOLES = 64
+_SCALES = (1, 8)  # of features: what is cut off at large values shows
 _MOST_COMPARED = 512  # lengths below the traced range at which model and graph are compared
 
 
@@ -59,6 +61,8 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
             continue
         odd = disagreements(program, model)
         if not odd:
+            fewest = same_below(program, lambda n: _trace_at(model, example, n))
+            program = replace(program, lengths=replace(program.lengths, fewest=fewest))
             if length is None or program.lengths.at_least(length) is not None:
                 return program
             best = best or program
@@ -138,9 +142,14 @@ def disagreements(program: Program, model: nn.Module) -> list[int]:
     def perturbed(prefix: Tensor) -> Any:
         return torch.func.functional_call(model, named, (prefix,))
 
+    found: set[int] = set()
     with torch.no_grad():
-        whole = program.evaluate(sequence, moved, keep=nodes)
-        return [n for n in tested if not _equal_prefix(program, perturbed, sequence[:, :n], whole)]
+        for scale in _SCALES if sequence.is_floating_point() else (1,):
+            whole = program.evaluate(sequence * scale, moved, keep=nodes)
+            found |= {
+                n for n in tested if not _equal_prefix(program, perturbed, sequence[:, :n] * scale, whole)
+            }
+    return sorted(found)
 
 
 def _equal_prefix(

@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .capture import disagreements
 from .derive import Derived, derive
 from .describe import describe
 from .errors import CapacityError, Refusal, Unsupported
@@ -339,19 +341,30 @@ class Engine:
         ``changed`` names the program inputs whose contents are new.
         """
         kinds = {i.name: i.kind for i in self.program.inputs}
-        program = self.program.with_values(values)
+        program = self._below_range(self.program.with_values(values))
         check_finite(program)
         if not any(kinds[n] is not Kind.PARAMETER or n in self.proof.values_read for n in changed):
             twin = copy.copy(self)
             twin.program, twin._derived, twin._raised, twin._filters = program, {}, {}, {}
-            twin.__dict__.pop("double_values", None)
+            for stale in ("double_values", "report"):
+                twin.__dict__.pop(stale, None)
             try:
-                twin.derived(1)
+                raised = twin.raised(twin.derived(1))
                 if twin._still_holds(self.capacity):
+                    now = {s.name: raised if s.name == "raise" else program for s in self.snapshots}
+                    twin.snapshots = [replace(s, run=now[s.name].run) for s in self.snapshots]
                     return twin
             except FilterGrew:
                 pass
         return Engine(program, self.options, self.model, capacity=self.capacity)
+
+    def _below_range(self, program: Program) -> Program:
+        """The program for new weights, with the positions below which the model differs from it."""
+        lengths = program.lengths
+        if self.model is None or (lengths.minimum <= 2 and not lengths.holes):
+            return program
+        odd = disagreements(program, self.model)
+        return replace(program, lengths=replace(lengths, fewest=max(odd) + 1)) if odd else program
 
     def enlarged(self, capacity: int) -> Engine:
         """The engine for a capacity at which a filter leaves the class it was found in."""

@@ -181,8 +181,6 @@ def offset_by_batch(m: Any, x: Tensor) -> Tensor:
     return (x + m.w / x.shape[0]).cumsum(1)
 
 
-RARE = "what happens rarely, or later than 200 positions, is not seen on random input"
-
 # name: (function, tensors, length, options)
 STEPPED: dict[str, tuple[Function, dict[str, Any], int, dict[str, Any]]] = {
     "comb_filter": (
@@ -259,7 +257,6 @@ def test_one_id_in_many_changes_the_position_after_it():
     assert held(lambda: by_steps(model, t))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=RARE)
 def test_a_branch_on_the_length_that_matters_for_large_values_only():
     def forward(m: Any, x: Tensor) -> Tensor:
         return (x.clamp(-7, 7) if x.shape[1] < 16 else x).cumsum(1)
@@ -349,13 +346,25 @@ def test_weights_that_come_alive_after_creation(name):
     assert held(attack)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="branches on the length are compared once, with the weights of that moment",
-)
 def test_a_branch_on_the_length_that_comes_alive_after_creation():
     model, x = Model(dead_branch, gate=torch.full((), -9.0).double()), features(2, 40, 3)
+    dec = decoder(model, x[:, :30], capacity=64, block=8)
+    model.get_parameter("gate").fill_(1.0)
+
+    def attack() -> float:
+        dec.prefill(x[:, :5])
+        return gap(dec.step(x[:, 5]), model(x[:, :6])[:, 5])
+
+    assert held(attack)
+
+
+def factor_below(m: Any, x: Tensor) -> Tensor:
+    return x.cumsum(1) * (1 + m.gate.relu() if x.shape[1] < 16 else m.one)
+
+
+def test_a_table_below_the_traced_range_that_comes_alive_after_creation():
+    tensors = {"gate": torch.full((), -9.0).double(), "one": torch.ones(()).double()}
+    model, x = Model(factor_below, **tensors), features(2, 40, 3)
     dec = decoder(model, x[:, :30], capacity=64, block=8)
     model.get_parameter("gate").fill_(1.0)
 

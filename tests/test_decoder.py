@@ -406,6 +406,16 @@ def test_changed_weights_are_noticed(change, repair):
         goes_on(d, model, sequence, 30)
 
 
+def test_the_report_after_new_weights_is_of_these():
+    model, dec = own()
+    sequence, before = ids(2, 20), dec.report
+    model.body.blocks[0].mixer.filter.taps.add_(0.1)
+    dec.reset()
+    assert dec.report is not before
+    for snapshot in dec.report.snapshots:
+        check(snapshot.run(sequence), model(sequence))
+
+
 @pytest.mark.parametrize("repair", ["prefill", "reset", "refresh"])
 def test_writes_through_data_are_seen_when_a_sequence_starts(repair):
     model, dec = own()
