@@ -20,6 +20,7 @@ from .describe import describe
 from .errors import CapacityError, Refusal, Unsupported
 from .lane import Lane
 from .lower import CompiledStep
+from .mixers.attention import with_masks
 from .mixers.convolution import Convolution, Filter, FilterGrew, classify, recognise, verify
 from .mixers.stack import state_dtype
 from .options import Options
@@ -60,7 +61,7 @@ class Engine:
         *,
         capacity: int | None = None,
     ) -> None:
-        self.program, self.options, self.model = program, options, model
+        self.program, self.options, self.model = with_masks(program), options, model
         self.capacity = self._admitted(capacity or self._first_capacity())
         self._derived: dict[tuple[int, int], Derived] = {}
         self._raised: dict[int, Program] = {}

@@ -57,6 +57,7 @@ def raise_mixers(program: Program, plan: Plan, derived: Mapping[str, Mapping[str
             copied[node] = _semantic_node(graph, node, mixers[node], copied, extra[node])
         else:
             copied[node] = graph.node_copy(node, copied.__getitem__)
+            copied[node].kwargs = {**copied[node].kwargs, **node.meta.get("whole", {})}
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     module = fx.GraphModule(nn.Module(), graph)

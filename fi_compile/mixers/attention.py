@@ -1,0 +1,76 @@
+"""Attention with its mask spelled out.
+
+``scaled_dot_product_attention(is_causal=True)`` counts rows from the first one it is given: of a single query it no
+longer knows the position. With the mask as a comparison of positions the planner's ordinary rules find what a new query
+reads: its own row, and all keys and values so far, which become the cache. The causal form stays with the node, for
+running over whole sequences without a mask in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fi_compile.program import Program, operator_name
+
+WHOLE = "whole"  # of a node's meta: the keyword arguments that give the same value of whole sequences
+_CAUSAL = {"attn_mask": None, "is_causal": True}
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def with_masks(program: Program) -> Program:
+    """The same program with the mask of every causal attention operator as a value of its own.
+
+    Such a node keeps its name and meta, to which ``meta["whole"]`` is added. A program without any is returned as it is.
+    """
+    if not any(_is_causal(node) for node in program.graph.nodes):
+        return program
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        mask = _mask(graph, node, copied) if _is_causal(node) else None
+        new = copied[node] = graph.node_copy(node, copied.__getitem__)
+        if mask is not None:
+            new.args, new.kwargs = (), {**_given(new), "attn_mask": mask, "is_causal": False}
+            new.meta = {**node.meta, WHOLE: _CAUSAL}
+    graph.lint()
+    return replace(program, module=fx.GraphModule(nn.Module(), graph))
+
+
+def _is_causal(node: fx.Node) -> bool:
+    if operator_name(node.target) != "scaled_dot_product_attention":
+        return False
+    given = _given(node)
+    return given.get("is_causal") is True and given.get("attn_mask") is None
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    return {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
+
+
+def _mask(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Key ≤ query, bool [L, S]."""
+    aten = torch.ops.aten
+    query, key = (copied[_given(node)[name]] for name in ("query", "key"))
+    fake = node.meta["val"].fake_mode
+
+    def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        made = graph.call_function(target, args, kwargs)
+        values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        made.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        with fake:
+            made.meta["val"] = target(*values, **options)
+        return made
+
+    def positions(of: fx.Node) -> fx.Node:
+        value = of.meta["val"]
+        size = call(aten.sym_size.int, of, value.dim() - 2)
+        return call(aten.arange.default, size, device=value.device)
+
+    rows = call(aten.unsqueeze.default, positions(query), -1)
+    return call(aten.le.Tensor, positions(key), rows)
+
