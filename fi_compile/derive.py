@@ -76,8 +76,10 @@ def derive(
                 constants[f"offset:{mixer.name}"] = reference["offset"][:, 0].contiguous()
             else:
                 tables[f"offset:{mixer.name}"] = reference["offset"].t().contiguous()
-        if mixer.name in step.windows:
-            constants[f"kernel:{mixer.name}"] = reference["kernel"]
+        window = step.windows.get(mixer.name)
+        if window is not None:
+            weights = window.weights(found, dtype)
+            constants |= {f"{key}:{mixer.name}": tensor for key, tensor in weights.items()}
         references[mixer.name] = reference
     bank = _bank(step, filters, dtype, block)
     if bank is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from .lane import Lane
+from .mixers.increments import weights_of
 from .program import source_of
 from .report import MixerReport, Report, Snapshot
 from .schedule import Schedule
@@ -17,11 +18,8 @@ from .units import Unit
 if TYPE_CHECKING:
     from .engine import Engine
 
-_LOWERINGS = {"long_conv": "tiles", "short_conv": "window", "scan": "running_sum"}
 _COSTS = {
     "tiles": "C·(K/2 + O(log² L)) multiply-adds",
-    "window": "M·C multiply-adds",
-    "running_sum": "C additions",
     "kv_cache": "one row against all rows so far",
     "history": "all rows so far, recomputed",
 }
@@ -61,7 +59,8 @@ def _mixer(engine: Engine, unit: Unit) -> MixerReport:
         return MixerReport(
             name, kind, source, None, None, (), "proved causal at every length", lowering, _COSTS[lowering]
         )
-    lowering = _LOWERINGS[mixer.kind]
+    derived = engine.derived(1)
+    window = derived.step.windows.get(mixer.name)
     return MixerReport(
         name,
         mixer.kind,
@@ -70,8 +69,10 @@ def _mixer(engine: Engine, unit: Unit) -> MixerReport:
         None if mixer.kind == "scan" else mixer.support,
         mixer.depends_on,
         engine.verdicts[mixer.name],
-        lowering,
-        _COSTS[lowering],
+        mixer.lowering,
+        _COSTS[mixer.lowering]
+        if window is None
+        else window.cost(weights_of(window, mixer.name, derived.constants)),
     )
 
 

@@ -22,6 +22,7 @@ from .lane import Lane
 from .lower import CompiledStep
 from .mixers.attention import with_masks
 from .mixers.convolution import Convolution, Filter, FilterGrew, classify, recognise, verify
+from .mixers.recurrence import as_recurrence, with_modes
 from .mixers.stack import state_dtype
 from .options import Options
 from .passes.bound_tables import bound_tables
@@ -159,7 +160,8 @@ class Engine:
             chosen.derive(analysis.parameters, analysis.longest)
         except FilterGrew:
             chosen = classify(found, found.derive(analysis.parameters, self.capacity).kernel, self.dtype)
-        self._filters[found.name, self.capacity] = chosen.cut(derived)
+        chosen, derived = as_recurrence(chosen, chosen.cut(derived), self.dtype)
+        self._filters[found.name, self.capacity] = derived
         self.verdicts[found.name] = how
         return chosen
 
@@ -305,7 +307,11 @@ class Engine:
     def _filter(self, mixer: Convolution, capacity: int) -> Filter:
         key = (mixer.name, capacity)
         if key not in self._filters:
-            self._filters[key] = mixer.derive(self.double_values, capacity)
+            derived = mixer.derive(self.double_values, capacity)
+            if mixer.lowering == "recurrence":
+                base = self._filters.get((mixer.name, self.capacity))
+                derived = with_modes(mixer, derived, None if base is None else base.modes)
+            self._filters[key] = derived
         return self._filters[key]
 
     def _prove_up_to(self, capacity: int) -> None:

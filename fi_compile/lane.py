@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from .derive import Derived
+from .mixers.increments import weights_of
 from .mixers.stack import ConvState
-from .mixers.window import drop_rows, ring_rows
+from .mixers.window import drop_rows
 from .program import as_expr
 from .twin import widen
 
@@ -44,8 +45,7 @@ class Lane:
             for node in step.plan.histories:
                 self.tensors[f"history:{node.name}"] = self._history(node)
             for name, window in step.windows.items():
-                shape = (ring_rows(window.reads), batch, window.channels_in)
-                self.tensors[f"ring:{name}"] = torch.zeros(shape, dtype=derived.dtype, device=device)
+                self.tensors[f"ring:{name}"] = window.ring(batch, weights_of(window, name, self.tensors))
             for name, table in derived.tables.items():
                 self.tensors[name] = table.new_zeros((derived.block, *table.shape[1:]))
         if self.conv is not None:
@@ -117,7 +117,8 @@ class Lane:
             window = step.windows.get(mixer.name)
             if window is not None:
                 flat = mixer.layout_in.flatten(values[mixer.x.name]).to(self.derived.dtype)
-                window.fill(self.tensors[f"ring:{mixer.name}"], flat)
+                weights = weights_of(window, mixer.name, self.tensors)
+                window.fill(self.tensors[f"ring:{mixer.name}"], flat, weights)
         if self.conv is not None:
             flat = [m.layout_in.flatten(values[m.x.name]).to(self.derived.dtype) for m in step.stacked]
             self.conv.write_history(torch.cat(flat, 1))
@@ -132,7 +133,7 @@ class Lane:
         step = self.derived.step
         for window in step.windows.values():
             oldest = position - min(window.reads, position)
-            if position and oldest < self.highest - ring_rows(window.reads):
+            if position and oldest < self.highest - window.rows:
                 return False
         self.broken = True
         self.highest = self.highest if position else 0

@@ -16,20 +16,11 @@ from torch import Tensor, fx
 
 from .kernels.block import block_sum
 from .mixers.convolution import Convolution
-from .mixers.window import Scan, ShortConv
+from .mixers.increments import Increment, increment_of, weights_of
 from .program import Program, Rewrite
 from .units import ALL, NEW, Plan, Unit, run_unit, take_row
 
 Tensors = Mapping[str, Tensor]
-
-
-def increment_of(mixer: Convolution) -> ShortConv | Scan | None:
-    """The ring-keeping increment of a mixer; None for the stack's long convolutions."""
-    if mixer.kind == "short_conv":
-        return ShortConv(mixer.layout_in.count, mixer.support)
-    if mixer.kind == "scan":
-        return Scan(mixer.layout_in.count)
-    return None
 
 
 @dataclass(frozen=True)
@@ -38,8 +29,9 @@ class StepProgram:
 
     Names: ``row`` the new row of the sequence [B, 1, …]; ``position`` and ``local`` int64 [1], the position in the
     sequence and in the base block; ``history:n`` all rows so far of node n; ``rows:n`` the current block's rows of
-    table n, position-major; ``table:n`` a table or constant whole; ``ring:m``, ``kernel:m``, ``source:m``,
-    ``offset:m`` of mixer m; ``block_inputs``, ``block_pending``, ``block_table``, ``skip``, ``source`` of the stack.
+    table n, position-major; ``table:n`` a table or constant whole; ``ring:m``, ``source:m``, ``offset:m`` of mixer
+    m and the weights its increment needs (``kernel:m``, …);
+    ``block_inputs``, ``block_pending``, ``block_table``, ``skip``, ``source`` of the stack.
     """
 
     program: Program
@@ -53,11 +45,11 @@ class StepProgram:
 
     @cached_property
     def stacked(self) -> tuple[Convolution, ...]:
-        """The long convolutions, in the order of their channels in the stack."""
+        """The long convolutions in tiles, in the order of their channels in the stack."""
         return tuple(m for m in self.mixers if increment_of(m) is None)
 
     @cached_property
-    def windows(self) -> Mapping[str, ShortConv | Scan]:
+    def windows(self) -> Mapping[str, Increment]:
         """The ring-keeping increments by mixer name."""
         return {m.name: w for m in self.mixers if (w := increment_of(m)) is not None}
 
@@ -140,9 +132,8 @@ class _Run:
         flat = mixer.layout_in.flatten(x)[..., 0]
         window = self.step.windows.get(mixer.name)
         if window is not None:
-            ring = self.t[f"ring:{mixer.name}"]
-            kernel, source = self.t[f"kernel:{mixer.name}"], self.t.get(f"source:{mixer.name}")
-            z = window.step(ring, self.position, flat.to(ring.dtype), kernel, source)
+            weights = weights_of(window, mixer.name, self.t)
+            z = window.step(self.t[f"ring:{mixer.name}"], self.position, flat, weights)
         else:
             z = self.stack(mixer, flat)
         offset = self.t.get(f"offset:{mixer.name}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fi_compile.errors import Refusal, Unsupported
+from fi_compile.kernels.modes import Modes
 from fi_compile.passes.propose_consistency import Consistency
 from fi_compile.program import Program, is_tensor, source_of
 from fi_compile.twin import widen_call
@@ -34,18 +35,21 @@ class Filter:
     """A filter derived from one version of the weights.
 
     ``kernel``: float64 [Cout, n], lag 0 first. ``offset``: what the unit adds regardless of its input, by
-    position, float64 [Cout, n]; [Cout, 1] where it is the same at every position; None where it is zero.
+    position, float64 [Cout, n]; [Cout, 1] where it is the same at every position; None where it is zero. ``modes``:
+    the kernel as a sum of exponentials, where it runs as a recurrence.
     """
 
     kernel: Tensor
     offset: Tensor | None
+    modes: Modes | None = None
 
 
 @dataclass(frozen=True)
 class Convolution:
     """A unit that is a channelwise causal convolution of one value.
 
-    ``kind`` is ``long_conv``, ``short_conv`` or ``scan``. ``source``: int64 [Cout], the input channel each
+    ``kind`` is ``long_conv``, ``short_conv`` or ``scan``; ``lowering`` is ``tiles`` or ``recurrence``, ``window``, and
+    ``running_sum`` in turn. ``source``: int64 [Cout], the input channel each
     output channel reads. ``support``: number of lags from the first to the last that is not zero (``scan``: unbounded).
     """
 
@@ -58,6 +62,7 @@ class Convolution:
     source: Tensor = field(repr=False)
     support: int
     depends_on: tuple[str, ...]
+    lowering: str = "tiles"
 
     @property
     def name(self) -> str:
@@ -193,9 +198,9 @@ def classify(found: Convolution, kernel: Tensor, dtype: torch.dtype) -> Convolut
     if dtype == torch.float64 and not _ends(kernel, support):
         support = capacity
     if capacity > 2 and _is_constant(kernel):
-        return replace(found, kind="scan")
+        return replace(found, kind="scan", lowering="running_sum")
     if support <= min(_LONGEST_WINDOW, max(capacity // 2, 1)):
-        return replace(found, kind="short_conv", support=support)
+        return replace(found, kind="short_conv", lowering="window", support=support)
     return found
 
 

@@ -6,10 +6,13 @@ positions (speculative decoding) costs nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .convolution import Filter
 
 SLACK = 64
 
@@ -21,19 +24,30 @@ class ShortConv:
     channels_in: int
     taps: int
 
+    needs = ("kernel",)
+
     @property
     def reads(self) -> int:
         """How many earlier positions a step reads."""
         return self.taps - 1
 
-    def step(
-        self, ring: Tensor, position: Tensor, x: Tensor, kernel: Tensor, source: Tensor | None
-    ) -> Tensor:
-        """The newest output [B, Cout] from x [B, Cin]; writes x into the ring [R, B, Cin].
+    @property
+    def rows(self) -> int:
+        """Rows of the ring."""
+        return max(self.reads, 1) + SLACK
 
-        ``kernel``: [Cout, taps]; ``position``: int64 [1].
-        """
-        size = ring.shape[0]
+    def weights(self, found: Filter, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The filter [Cout, taps]."""
+        return {"kernel": found.kernel.to(dtype)}
+
+    def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """Inputs of no positions: zeros [R, B, Cin]."""
+        return weights["kernel"].new_zeros(self.rows, batch, self.channels_in)
+
+    def step(self, ring: Tensor, position: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """The newest output [B, Cout] from x [B, Cin]; writes x into the ring."""
+        kernel, source = weights["kernel"], weights.get("source")
+        size, x = ring.shape[0], x.to(ring.dtype)
         lags = torch.arange(1, self.taps, device=ring.device)
         past = ring.index_select(0, (position - lags) % size)
         now = x
@@ -43,9 +57,13 @@ class ShortConv:
         ring.index_copy_(0, position % size, x.unsqueeze(0))
         return out
 
-    def fill(self, ring: Tensor, x: Tensor) -> None:
+    def fill(self, ring: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Take over the newest of the inputs x [B, Cin, P] of positions 0 … P-1."""
         _write_newest(ring, x)
+
+    def cost(self, weights: Mapping[str, Tensor]) -> str:
+        """Work of one step."""
+        return "M·C multiply-adds"
 
 
 @dataclass(frozen=True)
@@ -54,25 +72,33 @@ class Scan:
 
     channels_in: int
 
+    needs = ("kernel",)
     reads = 1
+    rows = 1 + SLACK
 
-    def step(
-        self, ring: Tensor, position: Tensor, x: Tensor, kernel: Tensor, source: Tensor | None
-    ) -> Tensor:
-        """The newest output [B, Cout] from x [B, Cin]; writes the new sum into the ring [R, B, Cin]."""
-        size = ring.shape[0]
+    def weights(self, found: Filter, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The constant [Cout, 1]."""
+        return {"kernel": found.kernel[:, :1].to(dtype)}
+
+    def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """Sums over no positions: zeros [R, B, Cin]."""
+        return weights["kernel"].new_zeros(self.rows, batch, self.channels_in)
+
+    def step(self, ring: Tensor, position: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """The newest output [B, Cout] from x [B, Cin]; writes the new sum into the ring."""
+        kernel, source = weights["kernel"], weights.get("source")
+        size, x = ring.shape[0], x.to(ring.dtype)
         total = ring.index_select(0, (position - 1) % size)[0] + x
         ring.index_copy_(0, position % size, total.unsqueeze(0))
         return (total if source is None else total.index_select(1, source)) * kernel[:, 0]
 
-    def fill(self, ring: Tensor, x: Tensor) -> None:
+    def fill(self, ring: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Take over the sums of the inputs x [B, Cin, P] of positions 0 … P-1."""
         _write_newest(ring, x.cumsum(-1))
 
-
-def ring_rows(reads: int) -> int:
-    """Rows a ring has whose step reads so many earlier positions."""
-    return max(reads, 1) + SLACK
+    def cost(self, weights: Mapping[str, Tensor]) -> str:
+        """Work of one step."""
+        return "C additions"
 
 
 def drop_rows(ring: Tensor, position: int, kept: int) -> None:

@@ -1,0 +1,74 @@
+"""The increments of convolutions that keep a ring of newest rows, by the name of their lowering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .convolution import Convolution, Filter
+from .recurrence import Recurrence
+from .window import Scan, ShortConv
+
+
+class Increment(Protocol):
+    """What a step does for one mixer. Its state is one ring [R, B, …]: row ``p mod R`` belongs to position p.
+
+    ``source``, int64 [Cout], the input channel of each output channel, is among the weights where they differ.
+    """
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of its weights, without ``source``."""
+        ...
+
+    @property
+    def reads(self) -> int:
+        """How many earlier rows a step reads."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """R: what exceeds ``reads`` is how far back a rewind costs nothing."""
+        ...
+
+    def weights(self, found: Filter, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a step reads of a filter, by the names in ``needs``."""
+        ...
+
+    def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """The state of no positions: zeros."""
+        ...
+
+    def step(self, ring: Tensor, position: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """The newest output [B, Cout] from x [B, Cin] at ``position`` (int64 [1]); writes a row of the ring."""
+        ...
+
+    def fill(self, ring: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> None:
+        """Take over what is kept of the inputs x [B, Cin, P] of positions 0 … P-1."""
+        ...
+
+    def cost(self, weights: Mapping[str, Tensor]) -> str:
+        """Work of one step, as a formula in the channels C."""
+        ...
+
+
+INCREMENTS: dict[str, Callable[[Convolution], Increment]] = {
+    "window": lambda mixer: ShortConv(mixer.layout_in.count, mixer.support),
+    "running_sum": lambda mixer: Scan(mixer.layout_in.count),
+    "recurrence": lambda mixer: Recurrence(mixer.layout_out.count),
+}
+
+
+def increment_of(mixer: Convolution) -> Increment | None:
+    """The increment of a mixer; None for what the stack of long convolutions serves."""
+    make = INCREMENTS.get(mixer.lowering)
+    return None if make is None else make(mixer)
+
+
+def weights_of(increment: Increment, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of mixer ``name`` among tensors named ``weight:mixer``."""
+    keys = (*increment.needs, "source")
+    return {key: tensors[f"{key}:{name}"] for key in keys if f"{key}:{name}" in tensors}
