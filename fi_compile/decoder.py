@@ -220,8 +220,7 @@ class Decoder:
         if many >= _LEAST_BY_FORWARD and many * _FORWARD_SHARE >= total and self.engine.runs_at(total):
             flat = self._fill(lane, self._sequence[rows, :total])
             return self._span(flat, total - many, many)
-        run = self.engine.step(lane)
-        steps = [lane.step(tokens[:, i : i + 1], run) for i in range(many)]
+        steps = [lane.step(tokens[:, i : i + 1], self.engine.step(lane)) for i in range(many)]
         return self._stacked(steps)
 
     # -- moving about --------------------------------------------------------------------------------------

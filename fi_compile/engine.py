@@ -45,6 +45,8 @@ from .units import Plan, Unit, take_row
 
 log = logging.getLogger(__name__)
 
+_FIRST_REACH, _REACH_FACTOR = 1024, 4
+
 
 class Engine:
     """A program analysed and split, with its derived values and compiled steps.
@@ -387,12 +389,27 @@ class Engine:
 
     def step(self, lane: Lane) -> Callable[[], Sequence[Any]]:
         """The compiled step on a lane's tensors; lanes of equal shapes and strides share the compilation."""
-        if lane.run is None:
-            key = lane.signature
+        if lane.run is None or lane.position >= lane.reach:
+            lane.reach = self._reach(lane)
+            key = (lane.signature, lane.reach)
             if key not in self._steps:
-                self._steps[key] = CompiledStep(lane.derived.step, lane.tensors, self.options.step)
+                step = lane.derived.step
+                if lane.reach < step.capacity:
+                    step = replace(step, reach=lane.reach)
+                self._steps[key] = CompiledStep(step, lane.tensors, self.options.step)
             lane.run = self._steps[key].on(lane.tensors)
         return lane.run
+
+    def _reach(self, lane: Lane) -> int:
+        """How many rows of histories the next steps read: a few sizes, so that few steps are compiled."""
+        capacity = lane.derived.step.capacity
+        if not self.plan.histories:
+            return capacity
+        reach = _FIRST_REACH
+        while reach <= lane.position:
+            reach *= _REACH_FACTOR
+        found = self.program.lengths.at_least(reach)
+        return capacity if found is None else min(found, capacity)
 
     def forward(self, sequence: Tensor, derived: Derived) -> tuple[list[Any], dict[str, Tensor]]:
         """One pass over a whole sequence: the flat outputs, and the values a lane is filled with."""

@@ -31,6 +31,7 @@ class Lane:
         self.broken = False
         self.owners = 1  # decoders that share this lane until one of them writes
         self.run: Callable[[], Sequence[Any]] | None = None  # the compiled step on this lane's tensors
+        self.reach = 0  # how many rows of histories it reads
         program, step = derived.step.program, derived.step
         device = program.example.device
         with torch.inference_mode(False):

@@ -31,12 +31,19 @@ class StepProgram:
     sequence and in the base block; ``history:n`` all rows so far of node n; ``rows:n`` the current block's rows of
     table n, position-major; ``table:n`` a table or constant whole; ``ring:m``, ``source:m``, ``offset:m`` of mixer
     m and the weights its increment needs (``kernel:m``, …);
-    ``block_inputs``, ``block_pending``, ``block_table``, ``skip``, ``source`` of the stack.
+    ``block_inputs``, ``block_pending``, ``block_table``, ``skip``, ``source`` of the stack. Histories are read
+    up to ``reach`` rows (None: all there are), which must exceed the position.
     """
 
     program: Program
     plan: Plan
     capacity: int
+    reach: int | None = None
+
+    @property
+    def length(self) -> int:
+        """The length that stands for all rows so far."""
+        return self.capacity if self.reach is None else self.reach
 
     @cached_property
     def mixers(self) -> tuple[Convolution, ...]:
@@ -93,13 +100,20 @@ class _Run:
         if found is not None:
             return found
         if demand == (ALL,) and f"history:{node.name}" in self.t:
-            return self.t[f"history:{node.name}"]
+            return self.reached(node, self.t[f"history:{node.name}"])
         if demand == (NEW,) and f"rows:{node.name}" in self.t:
             value = torch.index_select(self.t[f"rows:{node.name}"], 0, self.local)
             value = value.squeeze(0)
             self.rows[node, demand] = value
             return value
-        return self.t[f"table:{node.name}"]
+        return self.reached(node, self.t[f"table:{node.name}"])
+
+    def reached(self, node: fx.Node, value: Tensor) -> Tensor:
+        """The rows of a whole value that a step may look at."""
+        axes = self.step.axes.get(node, ())
+        if not axes or self.step.reach is None:
+            return value
+        return value.narrow(axes[0], 0, self.step.reach)
 
     def unit(self, unit: Unit) -> None:
         if unit.mixer is not None:
@@ -109,9 +123,9 @@ class _Run:
         axes = self.step.axes[unit.exit]
         lists = None
         if unit.binding == "axis":
-            capacity = self.step.capacity
-            lists = {a: 1 if kind == NEW else capacity for a, kind in zip(axes, unit.demand, strict=True)}
-        length = 1 if unit.binding == "row" else self.step.capacity
+            reach = self.step.length
+            lists = {a: 1 if kind == NEW else reach for a, kind in zip(axes, unit.demand, strict=True)}
+        length = 1 if unit.binding == "row" else self.step.length
         value = run_unit(
             self.program,
             unit.nodes,

@@ -59,6 +59,20 @@ def goes_on(dec, model, sequence: Tensor, many: int = 20, seed: int = 9) -> Tens
     return longer
 
 
+def test_steps_read_histories_up_to_a_few_sizes(monkeypatch):
+    monkeypatch.setattr(fi_compile.engine, "_FIRST_REACH", 8)
+    monkeypatch.setattr(fi_compile.engine, "_REACH_FACTOR", 3)
+    model = language_model("attention_sdpa", "running_product", "attention_tril_mask", width=4, l_max=MOST)
+    dec = decoder(model, ids(2, 9), capacity=128, block=BLOCK)
+    sequence = ids(2, 100)
+    check(decoded(dec, sequence, 3), model(sequence)[:, 2:])
+    assert sorted(reach for _, reach in dec.engine._steps) == [8, 24, 72, 128]
+    dec.rewind(5)
+    goes_on(dec, model, sequence[:, :5])
+    dec.prefill(sequence[:, :30])
+    check(dec.extend(sequence[:, 30:80]), model(sequence[:, :80])[:, 30:])
+
+
 class Calls:
     """How often a method was called, by its first argument's type."""
 

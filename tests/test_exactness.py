@@ -80,7 +80,7 @@ def test_float32_stays_within_rounding(name):
     assert rounding(dec, model, module(SPELLINGS[name], WIDTH, LENGTH).double(), x, 1) <= 3
 
 
-# One of each kind of filter, transform, and shape of the data path.
+# One of each kind of filter, transform, and shape of the data path; the others with `-m slow`.
 LONG = (
     "fft_scale_on_filter",
     "fft_n_taps_plus_length_minus_1",
@@ -98,7 +98,17 @@ LONG = (
 )
 
 
-@pytest.mark.parametrize("name", LONG)
+SHORTER_THAN_LONG = {"fft_n_power_of_two"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in LONG else pytest.param(n, marks=pytest.mark.slow)
+        for n in SPELLINGS
+        if n not in REFUSED and n not in SHORTER_THAN_LONG
+    ],
+)
 def test_long_sequences(name):
     width, length = 4, 2049
     model, x = module(SPELLINGS[name], width, 2060).double(), features(1, length, width)
