@@ -56,6 +56,7 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     for trace_length in _trace_lengths(model, example, length):
         try:
             program = _without_layout_holes(_trace_at(model, example, trace_length), model)
+            program = _with_last_position(program, model, length)
         except Exception as error:
             failures.append(error)
             continue
@@ -100,14 +101,41 @@ def _trace_at(model: nn.Module, example: Tensor, length: int) -> Program:
 
 def _without_layout_holes(program: Program, model: nn.Module) -> Program:
     """Admit the holes at which the graph itself equals the model: guards on memory layout, not on meaning."""
-    holes = set()
-    for hole in program.lengths.holes:
-        sequence = _probe(program, hole)
-        with torch.no_grad():
-            whole = program.evaluate(sequence, keep=[o for o in program.outputs if isinstance(o, fx.Node)])
-            if not _equal_prefix(program, model, sequence, whole):
-                holes.add(hole)
+    with torch.no_grad():
+        holes = {hole for hole in program.lengths.holes if not _equals_graph(program, model, hole)}
     return replace(program, lengths=replace(program.lengths, holes=frozenset(holes)))
+
+
+def _with_last_position(program: Program, model: nn.Module, length: int | None) -> Program:
+    """Admit the length wanted where the guards end just below it: ``min(s, 4096)`` splits what is one function."""
+    lengths = program.lengths
+    if length is None or lengths.maximum is None or length != lengths.maximum + 1:
+        return program
+    longer = replace(program, lengths=replace(lengths, maximum=length))
+    with torch.no_grad():
+        try:
+            model(_probe(longer, length))
+        except Exception:
+            return program  # a table ends here
+        return longer if _equals_graph(longer, model, length) else program
+
+
+def _equals_graph(program: Program, model: nn.Module, length: int) -> bool:
+    """Whether graph and model agree at one length that a guard excludes."""
+    sequence = _probe(program, length)
+    nodes = [o for o in program.outputs if isinstance(o, fx.Node)]
+    try:
+        for scale in _scales(sequence):
+            whole = program.evaluate(sequence * scale, keep=nodes)
+            if not _equal_prefix(program, model, sequence * scale, whole):
+                return False
+    except Exception:
+        return False
+    return True
+
+
+def _scales(sequence: Tensor) -> tuple[int, ...]:
+    return _SCALES if sequence.is_floating_point() else (1,)
 
 
 def _probe(program: Program, length: int) -> Tensor:
@@ -144,7 +172,7 @@ def disagreements(program: Program, model: nn.Module) -> list[int]:
 
     found: set[int] = set()
     with torch.no_grad():
-        for scale in _SCALES if sequence.is_floating_point() else (1,):
+        for scale in _scales(sequence):
             whole = program.evaluate(sequence * scale, moved, keep=nodes)
             found |= {
                 n for n in tested if not _equal_prefix(program, perturbed, sequence[:, :n] * scale, whole)

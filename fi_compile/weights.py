@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from .program import Kind, Program
 
 
+_VERSION = attrgetter("_version")
+
+
 @dataclass(frozen=True)
 class _Watched:
-    owner: Mapping[str, Any]  # a module's own table of parameters, buffers or attributes
+    owner: dict[str, Any]  # a module's own table of parameters, buffers or attributes
     key: str
     name: str  # of the program's input
     kind: Kind
@@ -34,24 +38,22 @@ class WeightWatch:
     def remember(self) -> None:
         """Take the present tensors and versions as the known ones."""
         self.watched = self._found()
-        self._modules = [] if self.model is None else list(_submodules(self.program, self.model))
+        modules = [] if self.model is None else list(_submodules(self.program, self.model))
         self._known = [(w.owner, w.key, t := w.owner[w.key], _version(t)) for w in self.watched]
         self._sums = [checksum(tensor) for _, _, tensor, _ in self._known]
-        self._aliases = [] if self.model is None else list(_other_names(self.model, self.watched))
+        aliases = [] if self.model is None else list(_other_names(self.model, self.watched))
+        held = [*modules, *aliases, *((owner, key, tensor) for owner, key, tensor, _ in self._known)]
+        self._places = [owner for owner, _, _ in held], [key for _, key, _ in held]
+        self._objects = [value for _, _, value in held]
+        self._versioned = [tensor for _, _, tensor, version in self._known if version is not None]
+        self._versions = [tensor._version for tensor in self._versioned]
         self._structure = self._shape_of_model()
 
     def unchanged(self) -> bool:
         """Whether every watched tensor, and every module on the way to one, is the same object and version."""
-        for owner, key, module in self._modules:
-            if owner.get(key) is not module:
-                return False
-        for owner, key, tensor in self._aliases:
-            if owner.get(key) is not tensor:
-                return False
-        for owner, key, tensor, version in self._known:
-            if owner.get(key) is not tensor or (version is not None and tensor._version != version):
-                return False
-        return True
+        return all(map(is_, map(dict.get, *self._places), self._objects)) and (
+            list(map(_VERSION, self._versioned)) == self._versions
+        )
 
     def changed(self) -> list[str]:
         """Program inputs whose tensor, version or contents are no longer the known ones."""
@@ -157,7 +159,7 @@ def _find(program: Program, model: nn.Module) -> Iterable[_Watched]:
 
 def _other_names(
     model: nn.Module, watched: Iterable[_Watched]
-) -> Iterable[tuple[Mapping[str, Any], str, Tensor]]:
+) -> Iterable[tuple[dict[str, Any], str, Tensor]]:
     """Parameters and buffers under names the trace did not keep: tied to a watched one, or unused."""
     known = {(id(w.owner), w.key) for w in watched}
     for module in model.modules():
@@ -167,7 +169,7 @@ def _other_names(
                     yield owner, key, tensor
 
 
-def _submodules(program: Program, model: nn.Module) -> Iterable[tuple[Mapping[str, Any], str, nn.Module]]:
+def _submodules(program: Program, model: nn.Module) -> Iterable[tuple[dict[str, Any], str, nn.Module]]:
     """Every module on the way to a watched tensor, with the table and key its parent holds it under."""
     paths = {spec.path.rpartition(".")[0] for spec in program.inputs if spec.path is not None}
     steps = {".".join(path.split(".")[: i + 1]) for path in paths if path for i in range(path.count(".") + 1)}

@@ -1,11 +1,13 @@
 """A decoder computes what the model's full forward computes: every model of the corpus, at every position."""
 
 import pytest
+import torch
 
 import fi_compile
 from corpus import FALSE_ALARMS, LAST_ONLY, OTHERS, SPELLINGS, TRAPS, scale_weights
 from corpus.false_alarms import Lonely
 from decoding import decoded, decoder, features, gap, module, rounding, stacked
+from fi_compile.doors import doors_of
 
 WIDTH, LENGTH = 6, 130
 SOUND = {**SPELLINGS, **OTHERS, **FALSE_ALARMS}
@@ -118,6 +120,30 @@ def test_long_sequences(name):
     assert gap(decoded(dec, x[:, :1100], 1000), expected[:, 999:1100]) < TOLERANCE
     assert gap(decoded(dec, x[:, :500], 7), expected[:, 6:500]) < TOLERANCE
     assert gap(dec.extend(x[:, 500:]), expected[:, 500:]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in LONG else pytest.param(n, marks=pytest.mark.slow)
+        for n in SPELLINGS
+        if n not in REFUSED and n not in SHORTER_THAN_LONG
+    ],
+)
+def test_the_transparent_mode(name):
+    torch._dynamo.reset()
+    model, x = module(SPELLINGS[name], 4, 520).double(), features(2, 510, 4)
+    expected = model(x)
+    options = {"step": "eager", "fallback": "eager", "max_length": 512}
+    fast = torch.compile(model, backend="flashinf", dynamic=True, options=options)
+    with torch.inference_mode():
+        for n in (7, 8, 9, 31, 32, 33, 34, 100, 500, 501):
+            found = fast(x[:, :n].clone())
+            assert gap(found, expected[:, :n]) < TOLERANCE
+    assert fi_compile.last_report().verdict != "refused"
+    held = [doors_of([w]) for w in (*model.parameters(), *model.buffers())]
+    (door,) = [door for doors in held for door in doors.values()]
+    assert [s.decoder.position.tolist() for s in door.sessions] == [[501, 501]]
 
 
 @pytest.mark.parametrize("name", ["fft_scale_on_filter", "filter_real_modes", "hyena_2"])
