@@ -78,7 +78,7 @@ def derive(
                 tables[f"offset:{mixer.name}"] = reference["offset"].t().contiguous()
         window = step.windows.get(mixer.name)
         if window is not None:
-            weights = window.weights(found, dtype)
+            weights = window.weights(found, mixer.source, dtype)
             constants |= {f"{key}:{mixer.name}": tensor for key, tensor in weights.items()}
         references[mixer.name] = reference
     bank = _bank(step, filters, dtype, block)
@@ -96,12 +96,16 @@ def _bank(
     if not step.stacked:
         return None
     kernels = torch.cat([filters[m.name].kernel for m in step.stacked]).to(dtype)
-    sources, first = [], 0
+    sources, targets, channels_in, channels_out = [], [], 0, 0
     for mixer in step.stacked:
-        sources.append(mixer.source + first)
-        first += mixer.layout_in.count
-    plain = all(m.gather is None for m in step.stacked)
-    return FilterBank(kernels, None if plain else torch.cat(sources), channels_in=first, block=block)
+        sources.append(mixer.source + channels_in)
+        outputs = torch.arange(mixer.layout_out.count, device=mixer.source.device)
+        targets.append(channels_out + outputs.repeat_interleave(mixer.fan_in))
+        channels_in += mixer.layout_in.count
+        channels_out += mixer.layout_out.count
+    source = None if all(m.gather is None for m in step.stacked) else torch.cat(sources)
+    target = None if all(m.fan_in == 1 for m in step.stacked) else torch.cat(targets)
+    return FilterBank(kernels, source, target=target, channels_in=channels_in, block=block)
 
 
 def _add_tables(

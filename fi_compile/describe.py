@@ -42,7 +42,8 @@ def describe(engine: Engine) -> Report:
         state_bytes=Lane(derived, 1).state_bytes,
         capacity=engine.capacity,
         notes=tuple(
-            f"{unit.exit.name!r} recomputes all rows every step: no better increment is known for it"
+            f"{unit.exit.name!r} recomputes all rows every step: "
+            + engine.declined.get(unit.exit.name, "no better increment is known for it")
             for unit in engine.plan.regions
         ),
     )

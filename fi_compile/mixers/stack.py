@@ -28,9 +28,11 @@ class FilterBank:
 
     filters: [F, capacity], float32 or float64, lag 0 first. source: int64 [Cout], the input channel
     of each output channel; None where they are the same. filter_index: int64 [Cout], the filter of
-    each output channel; None where each has its own. block: the base block K.
+    each output channel; None where each has its own. block: the base block K. target: int64 [P], ascending, where
+    output channels read several inputs each: `source` and `filter_index` then count pairs, and pair p belongs to
+    output channel `target[p]`; None where a pair is an output channel.
 
-    block_table [2K, Cout] is what `kernels.block.block_sum` reads; skip [Cout] is lag 0. Raises
+    block_table [2K, P] is what `kernels.block.block_sum` reads; skip [P] is lag 0. Raises
     ValueError for shapes, indices or dtypes that do not fit together.
     """
 
@@ -39,6 +41,7 @@ class FilterBank:
         filters: Tensor,
         source: Tensor | None = None,
         filter_index: Tensor | None = None,
+        target: Tensor | None = None,
         *,
         channels_in: int,
         block: int,
@@ -49,18 +52,23 @@ class FilterBank:
             raise ValueError(f"filters are [F, capacity], found {list(filters.shape)}")
         if block < 1:
             raise ValueError(f"a base block has at least one position, found {block}")
-        channels_out = _channels_out(source, filter_index, channels_in, filters.shape[0])
+        pairs = _pairs(source, filter_index, channels_in, filters.shape[0])
+        if target is not None and (target.numel() != pairs or bool((target.diff() < 0).any())):
+            raise ValueError(
+                f"target is ascending, one value for each of {pairs} pairs; found {target.numel()}"
+            )
         # Ordinary tensors of our own, also under inference mode: they outlive the call.
         with torch.inference_mode(False), torch.no_grad():
             self.filters = filters.detach().clone(memory_format=torch.contiguous_format)
             self.source = None if source is None else source.detach().clone()
             self.filter_index = None if filter_index is None else filter_index.detach().clone()
+            self.target = None if target is None else target.detach().clone()
             self.block_table = block_table(self.filters, block, self.filter_index)
             lag0 = self.filters[:, 0]
             index = self.filter_index
             self.skip = lag0.clone() if index is None else lag0.index_select(0, index)
         self.channels_in = channels_in
-        self.channels_out = channels_out
+        self.channels_out = pairs if target is None else int(target[-1]) + 1
         self.block = block
         self._spectra: dict[int, Tensor] = {}
 
@@ -78,7 +86,7 @@ class FilterBank:
     def nbytes(self) -> int:
         """Bytes of filters, tables and the spectra made so far."""
         tensors = [self.filters, self.block_table, self.skip, *self._spectra.values()]
-        tensors += [t for t in (self.source, self.filter_index) if t is not None]
+        tensors += [t for t in (self.source, self.filter_index, self.target) if t is not None]
         return sum(t.nbytes for t in tensors)
 
     def spectrum(self, side: int) -> Tensor:
@@ -94,18 +102,18 @@ class FilterBank:
         outputs = pending[:, :, tile.outputs.start : tile.outputs.stop]
         cost = tile_cost(tile.side, len(tile.outputs))
         if cost["direct"] < cost["fft"]:
-            add_tile_direct(outputs, inputs, self.filters, self.source, self.filter_index)
+            add_tile_direct(outputs, inputs, self.filters, self.source, self.filter_index, self.target)
         else:
             spectrum = self.spectrum(tile.side)
-            add_tile_fft(outputs, inputs, spectrum, self.source, self.filter_index)
+            add_tile_fft(outputs, inputs, spectrum, self.source, self.filter_index, self.target)
 
     def write_prefix(self, history: Tensor, pending: Tensor, length: int) -> None:
         """Make pending[..., length:] what the first `length` inputs contribute, and no more."""
         inputs, outputs = history[:, :, :length], pending[:, :, length:]
-        write_prefix(outputs, inputs, self.filters, self.source, self.filter_index)
+        write_prefix(outputs, inputs, self.filters, self.source, self.filter_index, self.target)
 
 
-def _channels_out(source: Tensor | None, filter_index: Tensor | None, channels_in: int, filters: int) -> int:
+def _pairs(source: Tensor | None, filter_index: Tensor | None, channels_in: int, filters: int) -> int:
     counts = set()
     for name, index, bound in (
         ("source", source, channels_in),
