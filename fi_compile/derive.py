@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from .mixers.convolution import Filter
 from .mixers.stack import FilterBank
 from .program import Program, Rewrite
+from .schedule import window_size
 from .step import StepProgram
 from .units import ALL
 
@@ -66,7 +67,8 @@ def derive(
     references: dict[str, dict[str, Tensor]] = {}
     for mixer in step.mixers:
         found = filters[mixer.name]
-        reference = {"kernel": found.kernel.to(dtype)}
+        kept = found.kernel[:, : mixer.room] if mixer.ends else found.kernel
+        reference = {"kernel": kept.to(dtype)}
         if mixer.gather is not None:
             reference["source"] = mixer.gather
             constants[f"source:{mixer.name}"] = mixer.gather
@@ -105,7 +107,12 @@ def _bank(
         channels_out += mixer.layout_out.count
     source = None if all(m.gather is None for m in step.stacked) else torch.cat(sources)
     target = None if all(m.fan_in == 1 for m in step.stacked) else torch.cat(targets)
-    return FilterBank(kernels, source, target=target, channels_in=channels_in, block=block)
+    reach = max(m.room for m in step.stacked) if all(m.ends for m in step.stacked) else None
+    if reach is not None and window_size(reach, block) <= step.capacity // 2:
+        kernels = kernels[:, : window_size(reach, block)]
+    else:
+        reach = None
+    return FilterBank(kernels, source, target=target, channels_in=channels_in, block=block, reach=reach)
 
 
 def _add_tables(

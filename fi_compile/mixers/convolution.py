@@ -30,6 +30,7 @@ _TOLERANCE = 1e-9
 _NOISE = 1e-14  # lags below this share of the filter's norm are the transform's rounding
 _CLEAR = 1e-10
 _LONGEST_WINDOW = 256
+_FAR = 8  # a long filter ends where its support is at most this part of the capacity
 _MOST_VALUES = 1 << 25  # of the filters of a convolution that mixes channels
 
 
@@ -54,7 +55,8 @@ class Convolution:
     ``kind`` is ``long_conv``, ``short_conv`` or ``scan``; ``lowering`` is ``tiles`` or ``recurrence``, ``window``, and
     ``running_sum`` in turn. ``pairs``: which input channels each output channel reads. ``support``: number of lags from
     the first to the last that is not zero (``scan``: unbounded). ``lags``: no more of them are extracted, and that they
-    are all is seen by comparing with the unit; None: as many as there are positions.
+    are all is seen by comparing with the unit; None: as many as there are positions. ``ends``: whether a long filter is
+    zero from ``support`` on, far below the capacity.
     """
 
     program: Program = field(repr=False)
@@ -68,6 +70,7 @@ class Convolution:
     depends_on: tuple[str, ...]
     lowering: str = "tiles"
     lags: int | None = None
+    ends: bool = False
 
     @property
     def name(self) -> str:
@@ -89,6 +92,11 @@ class Convolution:
         """``source``, or None where every output channel reads the input channel of its own number."""
         identity = torch.arange(self.layout_in.count, device=self.source.device)
         return None if torch.equal(self.source, identity) else self.source
+
+    @property
+    def room(self) -> int:
+        """Lags that are kept of a filter that ends: some more than its support, for other weights."""
+        return 1 << self.support.bit_length()
 
     @property
     def reference(self) -> Callable[..., Tensor]:
@@ -153,6 +161,8 @@ class Convolution:
             kept = derived.kernel[:, : self.support]
             missing = self.support - kept.shape[1]  # a filter asked for fewer lags than a window has
             return replace(derived, kernel=torch.nn.functional.pad(kept, (0, missing)))
+        if self.ends and _support(derived.kernel) > self.room:
+            raise FilterGrew(self.name)
         if self.kind == "scan" and not _is_constant(derived.kernel):
             raise FilterGrew(self.name)
         return derived
@@ -242,7 +252,8 @@ def classify(found: Convolution, kernel: Tensor, dtype: torch.dtype) -> Convolut
         return replace(found, kind="scan", lowering="running_sum")
     if support <= min(_LONGEST_WINDOW, max(capacity // 2, 1)):
         return replace(found, kind="short_conv", lowering="window", support=support)
-    return found
+    ending = replace(found, support=support, ends=True)
+    return ending if ending.room <= capacity // _FAR else found
 
 
 def _only_x_is_data(analysis: Consistency, unit: Unit, x: fx.Node) -> bool:

@@ -136,3 +136,26 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> bool:
         return False
     scale = max(float(expected.abs().max()) if expected.numel() else 0.0, 1e-300)
     return float((found - expected).abs().max() if expected.numel() else 0.0) <= tolerance * scale
+
+
+def count_pairs(source: Tensor | None, filter_index: Tensor | None, channels_in: int, filters: int) -> int:
+    """The number of pairs that int64 channel maps describe; raises ValueError where they do not fit together."""
+    counts = set()
+    for name, index, bound in (
+        ("source", source, channels_in),
+        ("filter_index", filter_index, filters),
+    ):
+        if index is None:
+            counts.add(bound)
+            continue
+        if index.dtype != torch.int64 or index.ndim != 1:
+            raise ValueError(f"{name} is int64 [Cout], found {index.dtype} {list(index.shape)}")
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < bound:
+            raise ValueError(f"{name} has values outside 0 ... {bound - 1}")
+        counts.add(index.numel())
+    if len(counts) > 1:
+        raise ValueError(
+            f"source, filter_index, {channels_in} input channels and {filters} filters give"
+            f" different numbers of output channels: {sorted(counts)}"
+        )
+    return counts.pop()
