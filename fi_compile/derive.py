@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from .mixers.convolution import Filter
 from .mixers.stack import FilterBank
 from .program import Program, Rewrite
+from .schedule import window_size
 from .step import StepProgram
 from .units import ALL
 
@@ -66,7 +67,8 @@ def derive(
     references: dict[str, dict[str, Tensor]] = {}
     for mixer in step.mixers:
         found = filters[mixer.name]
-        reference = {"kernel": found.kernel.to(dtype)}
+        kept = found.kernel[:, : mixer.room] if mixer.ends else found.kernel
+        reference = {"kernel": kept.to(dtype)}
         if mixer.gather is not None:
             reference["source"] = mixer.gather
             constants[f"source:{mixer.name}"] = mixer.gather
@@ -78,7 +80,7 @@ def derive(
                 tables[f"offset:{mixer.name}"] = reference["offset"].t().contiguous()
         window = step.windows.get(mixer.name)
         if window is not None:
-            weights = window.weights(found, dtype)
+            weights = window.weights(found, mixer.source, dtype)
             constants |= {f"{key}:{mixer.name}": tensor for key, tensor in weights.items()}
         references[mixer.name] = reference
     bank = _bank(step, filters, dtype, block)
@@ -96,12 +98,21 @@ def _bank(
     if not step.stacked:
         return None
     kernels = torch.cat([filters[m.name].kernel for m in step.stacked]).to(dtype)
-    sources, first = [], 0
+    sources, targets, channels_in, channels_out = [], [], 0, 0
     for mixer in step.stacked:
-        sources.append(mixer.source + first)
-        first += mixer.layout_in.count
-    plain = all(m.gather is None for m in step.stacked)
-    return FilterBank(kernels, None if plain else torch.cat(sources), channels_in=first, block=block)
+        sources.append(mixer.source + channels_in)
+        outputs = torch.arange(mixer.layout_out.count, device=mixer.source.device)
+        targets.append(channels_out + outputs.repeat_interleave(mixer.fan_in))
+        channels_in += mixer.layout_in.count
+        channels_out += mixer.layout_out.count
+    source = None if all(m.gather is None for m in step.stacked) else torch.cat(sources)
+    target = None if all(m.fan_in == 1 for m in step.stacked) else torch.cat(targets)
+    reach = max(m.room for m in step.stacked) if all(m.ends for m in step.stacked) else None
+    if reach is not None and window_size(reach, block) <= step.capacity // 2:
+        kernels = kernels[:, : window_size(reach, block)]
+    else:
+        reach = None
+    return FilterBank(kernels, source, target=target, channels_in=channels_in, block=block, reach=reach)
 
 
 def _add_tables(

@@ -37,12 +37,13 @@ def describe(engine: Engine) -> Report:
         verdict=engine.verdict,
         mixers=tuple(_mixer(engine, unit) for unit in looking_back),
         snapshots=(*engine.snapshots, split),
-        schedule=Schedule(engine.options.block, engine.capacity) if derived.bank is not None else None,
+        schedule=Schedule(engine.options.block, derived.bank.capacity) if derived.bank is not None else None,
         certificate=tuple(engine.proof.steps),
         state_bytes=Lane(derived, 1).state_bytes,
         capacity=engine.capacity,
         notes=tuple(
-            f"{unit.exit.name!r} recomputes all rows every step: no better increment is known for it"
+            f"{unit.exit.name!r} recomputes all rows every step: "
+            + engine.declined.get(unit.exit.name, "no better increment is known for it")
             for unit in engine.plan.regions
         ),
     )
@@ -70,7 +71,7 @@ def _mixer(engine: Engine, unit: Unit) -> MixerReport:
         mixer.depends_on,
         engine.verdicts[mixer.name],
         mixer.lowering,
-        _COSTS[mixer.lowering]
+        (_COSTS["tiles"].replace("L", "M") if mixer.ends else _COSTS["tiles"])
         if window is None
         else window.cost(weights_of(window, mixer.name, derived.constants)),
     )

@@ -85,6 +85,7 @@ class Engine:
                 self.proof = prove_prefix(self.program, self.capacity, bounded)
                 self.verdict = "numerically bounded"
         self.verdicts: dict[str, str] = {}
+        self.declined: dict[str, str] = {}  # units of a known kind that run as regions, and why
         self._filters: dict[tuple[str, int], Filter] = {}
         self._check_outputs()
         self.analysis = self.analysis.restricted(self.proof.proved)
@@ -109,7 +110,7 @@ class Engine:
         """Whether what was settled by asking the units holds for the present weights up to a capacity."""
         values = self.double_values
         return all(self._certify(unit, capacity, values) for unit in self.plan.tested) and all(
-            verify(unit.mixer, values, self.analysis.longest)
+            verify(unit.mixer, values, capacity, self._filter(unit.mixer, capacity))
             for unit in self.plan.units
             if unit.mixer is not None
         )
@@ -146,6 +147,17 @@ class Engine:
         found = recognise(analysis, unit, x, self.capacity)
         if found is None:
             return None
+        try:
+            return self._settle(analysis, found)
+        except FilterGrew:
+            self.declined[unit.exit.name] = (
+                f"{len(found.source)} filters of {self.capacity} lags mix its channels: too many to keep"
+            )
+            return None
+
+    def _settle(self, analysis: Consistency, found: Convolution) -> Convolution | None:
+        """The increment of a convolution, or None where the proof and the unit itself do not bear it out."""
+        unit, x = found.unit, found.x
         if self.proof.shift_invariant(unit.exit, {x}):
             how = "proved a causal convolution at every length"
             true = verify(found, analysis.parameters, analysis.longest)
@@ -157,11 +169,16 @@ class Engine:
         if not true:
             return None
         derived = found.derive(self.double_values, self.capacity)
+        # Which channels meet was read off a few lags; a filter may be zero there.
+        if not verify(found, self.double_values, self.capacity, derived):
+            return None
         chosen = classify(found, derived.kernel, self.dtype)
         try:  # weights that happen to be zero must not decide the kind: moved ones are asked too
             chosen.derive(analysis.parameters, analysis.longest)
         except FilterGrew:
             chosen = classify(found, found.derive(analysis.parameters, self.capacity).kernel, self.dtype)
+        if chosen.lags is not None and chosen.kind == "long_conv" and derived.kernel.shape[1] < self.capacity:
+            raise FilterGrew(found.name)
         chosen, derived = as_recurrence(chosen, chosen.cut(derived), self.dtype)
         self._filters[found.name, self.capacity] = derived
         self.verdicts[found.name] = how
@@ -333,7 +350,7 @@ class Engine:
                 )
         for unit in self.plan.units:
             mixer = unit.mixer
-            if mixer is None or proof.shift_invariant(unit.exit, {mixer.x}):
+            if mixer is None:
                 continue
             if not verify(mixer, self.double_values, capacity, self._filter(mixer, capacity)):
                 raise FilterGrew(mixer.name)

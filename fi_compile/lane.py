@@ -122,20 +122,21 @@ class Lane:
                 window.fill(self.tensors[f"ring:{mixer.name}"], flat, weights)
         if self.conv is not None:
             flat = [m.layout_in.flatten(values[m.x.name]).to(self.derived.dtype) for m in step.stacked]
-            self.conv.write_history(torch.cat(flat, 1))
-            self.conv.restart(length)
+            self.conv.fill(torch.cat(flat, 1))
         self._begin_block(length)
         self._place(length)
         self.highest = length
         self.broken = False
 
     def rewind(self, position: int) -> bool:
-        """Go back to ``position``; False (and unchanged) where a ring no longer holds what that needs."""
+        """Go back to ``position``; False (and unchanged) where what that needs is no longer kept."""
         step = self.derived.step
         for window in step.windows.values():
             oldest = position - min(window.reads, position)
             if position and oldest < self.highest - window.rows:
                 return False
+        if self.conv is not None and not self.conv.can_rewind(position):
+            return False
         self.broken = True
         self.highest = self.highest if position else 0
         for name in step.windows:
@@ -145,7 +146,7 @@ class Lane:
             buffer.narrow(axis, position, self.position - position).zero_()
         start = position
         if self.conv is not None:
-            self.conv.rewind(position)
+            self.conv.rewind_sequence(position)
             start = position - self.conv.local
         elif self.block_start <= position:
             start = self.block_start

@@ -36,6 +36,8 @@ def _small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
+    if a.is_complex():
+        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
     if not a.is_floating_point():
         return bool(torch.equal(a, b))
     if not a.numel():

@@ -20,6 +20,10 @@ class ScheduleError(ValueError):
     """A schedule misses, repeats or mistimes a pair; the message names the first such pair."""
 
 
+# Positions that a state of filters with an end can at least go back.
+SLACK = 64
+
+
 @dataclass(frozen=True)
 class Tile:
     """Contributions of the positions `inputs` to the later positions `outputs`."""
@@ -207,3 +211,11 @@ def _prove_cover(schedule: Schedule) -> None:
             j = int(wrong[0]) + first
             times = int(met[wrong[0]]) + (i <= j < block_end)
             raise ScheduleError(f"pair ({i}, {j}): met {times} times instead of once")
+
+
+def window_size(reach: int, block: int) -> int:
+    """The capacity of a bank for endless sequences whose filters reach `reach` lags: two halves of K·2^m positions."""
+    half = block
+    while half < reach + SLACK - 1:
+        half *= 2
+    return 2 * half

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from .kernels.block import block_sum
 from .mixers.convolution import Convolution
 from .mixers.increments import Increment, increment_of, weights_of
+from .mixers.reference import sum_pairs
 from .program import Program, Rewrite
 from .units import ALL, NEW, Plan, Unit, run_unit, take_row
 
@@ -86,7 +87,8 @@ class _Run:
         self.batch = t["row"].shape[0]
         self.inputs: list[Tensor] = []
         self.pending: Tensor | None = None
-        self.channel_out = 0
+        self.pairs: Tensor | None = None
+        self.channel_out = self.pair = 0
         self.put(self.program.sequence, (NEW,), t["row"])
 
     def put(self, node: fx.Node, demand: tuple[str, ...], value: Any) -> None:
@@ -159,18 +161,20 @@ class _Run:
 
     def stack(self, mixer: Convolution, x: Tensor) -> Tensor:
         t = self.t
-        if self.pending is None:
-            self.pending = torch.index_select(t["block_pending"], 0, self.local)[0] + block_sum(
-                t["block_inputs"], t["block_table"], self.local, t.get("source")
-            )
+        if self.pending is None or self.pairs is None:
+            self.pending = torch.index_select(t["block_pending"], 0, self.local)[0]
+            self.pairs = block_sum(t["block_inputs"], t["block_table"], self.local, t.get("source"))
         x = x.to(self.pending.dtype)
         self.inputs.append(x)
         count = mixer.layout_out.count
         channels = slice(self.channel_out, self.channel_out + count)
-        self.channel_out += count
+        pairs = slice(self.pair, self.pair + count * mixer.fan_in)
+        self.channel_out, self.pair = channels.stop, pairs.stop
         source = t.get(f"source:{mixer.name}")
         now = x if source is None else x.index_select(1, source)
-        return self.pending[:, channels] + now * t["skip"][channels]
+        return self.pending[:, channels] + sum_pairs(
+            self.pairs[:, pairs] + now * t["skip"][pairs], mixer.fan_in
+        )
 
     def output(self, node: Any) -> Any:
         if not isinstance(node, fx.Node) or node not in self.step.axes:

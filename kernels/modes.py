@@ -198,6 +198,12 @@ def _fit_alike(
     for i, c in enumerate(channels.tolist()):
         for rank in dict.fromkeys(int((sigma[i] > cut * sigma[i, 0]).sum()) for cut in _CUTS):
             d = min(rank, order)
+            if d == 0:
+                found[c] = (
+                    kernel.new_zeros(0, dtype=torch.complex128),
+                    kernel.new_zeros(0, dtype=torch.complex128),
+                )
+                break
             # Rows of `later` are those of `now` shifted by one lag: the same space, turned by the poles.
             turned = (left[i, :, :d].mT @ later[i] @ right[i, :d].mT) / sigma[i, :d]
             poles, residues = _polished(kernel[c], torch.linalg.eigvals(turned), float(allowed[c]), extent)

@@ -4,7 +4,7 @@
 2410.12982), section on prefill; docs/algorithms.md.
 
 In all forms: history [B, Cin, P], filters [F, capacity], of one dtype, float32 or float64; source,
-filter_index: int64 [Cout] or None (see `channels`).
+filter_index, target: int64 [pairs] or None (see `channels`).
 """
 
 from math import log2
@@ -12,7 +12,7 @@ from math import log2
 import torch
 from torch import Tensor
 
-from fi_compile.kernels.channels import chunks, take
+from fi_compile.kernels.channels import chunks, gathered, take, transform
 
 
 def prefix_reference(
@@ -20,6 +20,7 @@ def prefix_reference(
     filters: Tensor,
     source: Tensor | None = None,
     filter_index: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> Tensor:
     """The definition, an input at a time. Returns [B, Cout, capacity - P]."""
     length, capacity = history.shape[-1], filters.shape[-1]
@@ -30,7 +31,7 @@ def prefix_reference(
     out = history.new_zeros(history.shape[0], history.shape[1], capacity - length)
     for i in range(length):
         out += history[:, :, i, None] * filters[:, length - i : capacity - i]
-    return out
+    return gathered(out, target, 0, out.shape[1])[0]
 
 
 def write_prefix(
@@ -39,6 +40,7 @@ def write_prefix(
     filters: Tensor,
     source: Tensor | None = None,
     filter_index: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> None:
     """Write the contributions over `outputs` [B, Cout, capacity - P], by chunks of channels.
 
@@ -51,10 +53,17 @@ def write_prefix(
         outputs.zero_()
         return
     n = fast_length(capacity)
-    for start, stop in chunks(channels, n * batch):
-        product = torch.fft.rfft(take(history, source, 1, start, stop), n=n)
+    if target is not None:
+        outputs.zero_()
+    for start, stop in chunks(channels if target is None else target.numel(), n * batch):
+        product = transform(history, source, n, start, stop)
         product *= torch.fft.rfft(take(filters, filter_index, 0, start, stop), n=n)
-        outputs[:, start:stop] = torch.fft.irfft(product, n=n)[..., length:capacity]
+        product, where = gathered(product, target, start, stop)
+        sums = torch.fft.irfft(product, n=n)[..., length:capacity]
+        if target is None:
+            outputs[:, where] = sums
+        else:  # a channel may have pairs in several chunks
+            outputs[:, where] += sums
 
 
 def fast_length(n: int) -> int:

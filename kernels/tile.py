@@ -4,7 +4,7 @@
 Source: Flash Inference (arXiv 2410.12982), algorithm 2; docs/algorithms.md.
 
 In all forms: inputs [B, Cin, U], filters [F, T] with T >= U + V, outputs [B, Cout, V], of one dtype,
-float32 or float64; source, filter_index: int64 [Cout] or None (see `channels`).
+float32 or float64; source, filter_index, target: int64 [pairs] or None (see `channels`).
 """
 
 from math import log2
@@ -12,7 +12,7 @@ from math import log2
 import torch
 from torch import Tensor
 
-from fi_compile.kernels.channels import chunks, take
+from fi_compile.kernels.channels import chunks, gathered, take, transform
 
 
 def tile_reference(
@@ -21,6 +21,7 @@ def tile_reference(
     length: int,
     source: Tensor | None = None,
     filter_index: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> Tensor:
     """The definition: a product with the Toeplitz matrix of each filter. Returns [B, Cout, V]."""
     side = inputs.shape[-1]
@@ -36,7 +37,7 @@ def tile_reference(
         toeplitz = toeplitz[filter_index]
     if source is not None:
         inputs = inputs[:, source]
-    return torch.einsum("csk,bck->bcs", toeplitz, inputs)
+    return gathered(torch.einsum("csk,bck->bcs", toeplitz, inputs), target, 0, inputs.shape[1])[0]
 
 
 def add_tile_direct(
@@ -45,17 +46,20 @@ def add_tile_direct(
     filters: Tensor,
     source: Tensor | None = None,
     filter_index: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> None:
     """Add the tile to `outputs` by batched matrix products: for small U·V."""
-    batch, channels, length = outputs.shape
+    batch, _, length = outputs.shape
     side = inputs.shape[-1]
+    channels = _pairs(outputs, target)
     # With reversed inputs the Toeplitz matrix becomes the Hankel matrix rho[1 + s + k], a view.
     hankel = filters[:, 1 : side + length].unfold(-1, side, 1)
     backwards = inputs.flip(-1)
     for start, stop in chunks(channels, side * (length + batch)):
         weights = take(hankel, filter_index, 0, start, stop)
         columns = take(backwards, source, 1, start, stop).permute(1, 2, 0)
-        outputs[:, start:stop] += (weights @ columns).permute(2, 0, 1)
+        sums, where = gathered((weights @ columns).permute(2, 0, 1), target, start, stop)
+        outputs[:, where] += sums
 
 
 def tile_spectrum(filters: Tensor, side: int) -> Tensor:
@@ -72,18 +76,24 @@ def add_tile_fft(
     spectrum: Tensor,
     source: Tensor | None = None,
     filter_index: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> None:
     """Add the tile to `outputs` by cyclic convolutions of length 2U with `tile_spectrum`.
 
     Of such a convolution the upper half is exact; the wraparound falls on the lower half.
     """
-    batch, channels, length = outputs.shape
+    batch, _, length = outputs.shape
     side = inputs.shape[-1]
-    for start, stop in chunks(channels, 2 * side * batch):
-        product = torch.fft.rfft(take(inputs, source, 1, start, stop), n=2 * side)
+    for start, stop in chunks(_pairs(outputs, target), 2 * side * batch):
+        product = transform(inputs, source, 2 * side, start, stop)
         product *= take(spectrum, filter_index, 0, start, stop)
+        product, where = gathered(product, target, start, stop)
         cyclic = torch.fft.irfft(product, n=2 * side)
-        outputs[:, start:stop] += cyclic[..., side : side + length]
+        outputs[:, where] += cyclic[..., side : side + length]
+
+
+def _pairs(outputs: Tensor, target: Tensor | None) -> int:
+    return outputs.shape[1] if target is None else target.numel()
 
 
 def tile_cost(side: int, length: int) -> dict[str, float]:

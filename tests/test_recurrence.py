@@ -191,7 +191,7 @@ def test_16384_steps_stay_within_rounding(name, sign):
     modes = fit_modes(kernel, EPS / 8)
     assert modes is not None
     increment = Recurrence(CHANNELS)
-    weights = increment.weights(Filter(kernel, None, modes), torch.float32)
+    weights = increment.weights(Filter(kernel, None, modes), torch.arange(CHANNELS), torch.float32)
     ring = increment.ring(1, weights)
     u = (normal(1, CHANNELS, length) if sign == "any" else uniform(1, CHANNELS, length)).float()
     found = [increment.step(ring, torch.tensor([t]), u[:, :, t], weights).float() for t in range(length)]
@@ -207,7 +207,7 @@ def test_16384_steps_stay_within_rounding(name, sign):
 def test_filling_equals_stepping(length):
     kernel = modal_filter(random_modes(2, 1), 64)
     increment = Recurrence(CHANNELS)
-    weights = increment.weights(Filter(kernel, None), torch.float32)
+    weights = increment.weights(Filter(kernel, None), torch.arange(CHANNELS), torch.float32)
     weights["source"] = torch.tensor([1, 1, 0, 2, 2])
     u = normal(2, 3, length).float()
     stepped, filled = increment.ring(2, weights), increment.ring(2, weights).fill_(7)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -22,12 +23,15 @@ from fi_compile.twin import widen_call
 from fi_compile.units import Unit, run_unit
 
 from .layout import Layout
-from .reference import REFERENCES
+from .pairs import Pairs, close, find_pairs
+from .reference import REFERENCES, convolve
 
 _TOLERANCE = 1e-9
 _NOISE = 1e-14  # lags below this share of the filter's norm are the transform's rounding
 _CLEAR = 1e-10
 _LONGEST_WINDOW = 256
+_FAR = 8  # a long filter ends where its support is at most this part of the capacity
+_MOST_VALUES = 1 << 25  # of the filters of a convolution that mixes channels
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,10 @@ class Convolution:
     """A unit that is a channelwise causal convolution of one value.
 
     ``kind`` is ``long_conv``, ``short_conv`` or ``scan``; ``lowering`` is ``tiles`` or ``recurrence``, ``window``, and
-    ``running_sum`` in turn. ``source``: int64 [Cout], the input channel each
-    output channel reads. ``support``: number of lags from the first to the last that is not zero (``scan``: unbounded).
+    ``running_sum`` in turn. ``pairs``: which input channels each output channel reads. ``support``: number of lags from
+    the first to the last that is not zero (``scan``: unbounded). ``lags``: no more of them are extracted, and that they
+    are all is seen by comparing with the unit; None: as many as there are positions. ``ends``: whether a long filter is
+    zero from ``support`` on, far below the capacity.
     """
 
     program: Program = field(repr=False)
@@ -59,15 +65,27 @@ class Convolution:
     kind: str
     layout_in: Layout
     layout_out: Layout
-    source: Tensor = field(repr=False)
+    pairs: Pairs = field(repr=False)
     support: int
     depends_on: tuple[str, ...]
     lowering: str = "tiles"
+    lags: int | None = None
+    ends: bool = False
 
     @property
     def name(self) -> str:
         """The name of the node whose value the convolution makes."""
         return self.unit.exit.name
+
+    @property
+    def source(self) -> Tensor:
+        """The input channel of each pair, int64 [P]."""
+        return self.pairs.source
+
+    @property
+    def fan_in(self) -> int:
+        """Pairs for each output channel: P / Cout."""
+        return self.pairs.fan_in
 
     @cached_property
     def gather(self) -> Tensor | None:
@@ -76,25 +94,35 @@ class Convolution:
         return None if torch.equal(self.source, identity) else self.source
 
     @property
+    def room(self) -> int:
+        """Lags that are kept of a filter that ends: some more than its support, for other weights."""
+        return 1 << self.support.bit_length()
+
+    @property
     def reference(self) -> Callable[..., Tensor]:
         """The full-sequence form of the increment, as a plain torch function."""
         return REFERENCES[self.kind]
 
     @property
-    def reference_options(self) -> dict[str, Layout]:
+    def reference_options(self) -> dict[str, Any]:
         """What the reference takes beside tensors."""
-        return {"layout_in": self.layout_in, "layout_out": self.layout_out}
+        layouts = {"layout_in": self.layout_in, "layout_out": self.layout_out}
+        return layouts if self.fan_in == 1 else {**layouts, "fan_in": self.fan_in}
 
     def derive(self, values: Mapping[str, Tensor], length: int) -> Filter:
         """Extract the filter up to ``length`` lags from double-precision weights.
 
-        Raises :class:`Unsupported` where the weights give a filter this kind of increment does not cover.
+        Raises :class:`Unsupported` where a filter is not finite, :class:`FilterGrew` where this kind of increment does
+        not cover it.
         """
         function = UnitFunction(self.program, self.unit, self.x, self.layout_in, values, length)
-        zero = self.layout_out.flatten(function(function.zeros(1)))
-        one = function.zeros(1)
-        one.select(self.layout_in.axis, 0).fill_(1)
-        kernel = (self.layout_out.flatten(function(one)) - zero)[0]
+        offset = _offset(self.layout_out.flatten(function(function.zeros(1)))[0])
+        short = self._extracted(length)
+        kernel = self._kernel(
+            function
+            if short == length
+            else UnitFunction(self.program, self.unit, self.x, self.layout_in, values, short)
+        )
         if not bool(torch.isfinite(kernel).all()):
             raise Unsupported(
                 Refusal(
@@ -105,7 +133,25 @@ class Convolution:
                     "check the weights for NaN and the filter for growing exponentials",
                 )
             )
-        return self.cut(Filter(kernel, _offset(zero[0])))
+        found = self.cut(Filter(kernel, offset))
+        if short < length and not verify(self, values, length, found):
+            raise FilterGrew(self.name)
+        return found
+
+    def _extracted(self, length: int) -> int:
+        """How many lags are extracted for a filter of ``length``: all, unless there are too many pairs."""
+        if self.lags is None or self.lags >= length:
+            return length
+        return min(length, self.program.lengths.at_least(self.lags) or length)
+
+    def _kernel(self, function: UnitFunction) -> Tensor:
+        """The filters [P, n] of the unit at the function's length, or of its first lags."""
+        zero = self.layout_out.flatten(function(function.zeros(1)))
+
+        def response(flat: Tensor) -> Tensor:
+            return self.layout_out.flatten(function(self.layout_in.unflatten(flat))) - zero
+
+        return self.pairs.kernel(response, self.layout_in.count, function.length)
 
     def cut(self, derived: Filter) -> Filter:
         """The filter cut to what this kind of increment keeps; raises :class:`FilterGrew` where it needs more."""
@@ -115,6 +161,8 @@ class Convolution:
             kept = derived.kernel[:, : self.support]
             missing = self.support - kept.shape[1]  # a filter asked for fewer lags than a window has
             return replace(derived, kernel=torch.nn.functional.pad(kept, (0, missing)))
+        if self.ends and _support(derived.kernel) > self.room:
+            raise FilterGrew(self.name)
         if self.kind == "scan" and not _is_constant(derived.kernel):
             raise FilterGrew(self.name)
         return derived
@@ -178,13 +226,16 @@ def recognise(analysis: Consistency, unit: Unit, x: fx.Node, length: int) -> Con
     n = analysis.longest
     function = UnitFunction(analysis.program, unit, x, layout_in, analysis.parameters, n)
     try:
-        source = _probe(function, layout_in, layout_out)
+        pairs = _probe(function, layout_in, layout_out)
     except (RuntimeError, ValueError, IndexError):
         return None
-    if source is None:
+    if pairs is None:
         return None
+    lags = None if pairs.fan_in == 1 else _MOST_VALUES // len(pairs.source)
     behind = _parameters_behind(analysis.program, unit, x)
-    return Convolution(analysis.program, unit, x, "long_conv", layout_in, layout_out, source, length, behind)
+    return Convolution(
+        analysis.program, unit, x, "long_conv", layout_in, layout_out, pairs, length, behind, lags=lags
+    )
 
 
 def classify(found: Convolution, kernel: Tensor, dtype: torch.dtype) -> Convolution:
@@ -201,7 +252,8 @@ def classify(found: Convolution, kernel: Tensor, dtype: torch.dtype) -> Convolut
         return replace(found, kind="scan", lowering="running_sum")
     if support <= min(_LONGEST_WINDOW, max(capacity // 2, 1)):
         return replace(found, kind="short_conv", lowering="window", support=support)
-    return found
+    ending = replace(found, support=support, ends=True)
+    return ending if ending.room <= capacity // _FAR else found
 
 
 def _only_x_is_data(analysis: Consistency, unit: Unit, x: fx.Node) -> bool:
@@ -211,18 +263,19 @@ def _only_x_is_data(analysis: Consistency, unit: Unit, x: fx.Node) -> bool:
 
 def _layout(analysis: Consistency, node: fx.Node) -> Layout | None:
     axes = analysis.axes[node]
-    if len(axes.rows) != 1 or len(axes.batch) > 1 or not node.meta["val"].is_floating_point():
+    val = node.meta["val"]
+    if len(axes.rows) != 1 or len(axes.batch) > 1 or not (val.is_floating_point() or val.is_complex()):
         return None
-    shape = node.meta["val"].shape
+    shape = val.shape
     special = {*axes.rows, *axes.batch}
     channels = tuple(size for dim, size in enumerate(shape) if dim not in special)
     if not all(isinstance(size, int) for size in channels):
         return None
-    return Layout(axes.rows[0], axes.batch[0] if axes.batch else None, channels)
+    return Layout(axes.rows[0], axes.batch[0] if axes.batch else None, channels, val.is_complex())
 
 
-def _probe(function: UnitFunction, layout_in: Layout, layout_out: Layout) -> Tensor | None:
-    """The input channel of each output channel, if the function is a channelwise causal convolution."""
+def _probe(function: UnitFunction, layout_in: Layout, layout_out: Layout) -> Pairs | None:
+    """The channels that each output channel reads, if the function is a causal convolution."""
     n, count = function.length, layout_in.count
     generator = torch.Generator().manual_seed(7)
     rows = 2 if layout_in.batch is not None else 1
@@ -236,48 +289,23 @@ def _probe(function: UnitFunction, layout_in: Layout, layout_out: Layout) -> Ten
     def response(value: Tensor) -> Tensor:
         return layout_out.flatten(function(value)) - zero
 
+    def respond(flat: Tensor) -> Tensor:
+        value = layout_in.unflatten(flat.to(function.device))
+        if flat.shape[0] == rows:
+            return response(value)
+        return layout_out.flatten(function(value)) - zero[:1]
+
     a, b = random(), random()
     fa, fb = response(a), response(b)
-    if fa.shape[0] != rows or not _close(response(0.5 * a - 2.0 * b), 0.5 * fa - 2.0 * fb):
+    if fa.shape[0] != rows or not close(response(0.5 * a - 2.0 * b), 0.5 * fa - 2.0 * fb):
         return None
     if rows == 2:
         mixed = layout_in.flatten(a).clone()
         mixed[1] = layout_in.flatten(b)[1]
-        if not _close(response(layout_in.unflatten(mixed))[0], fa[0]):
+        if not close(response(layout_in.unflatten(mixed))[0], fa[0]):
             return None
 
-    def impulse(weights: Tensor) -> Tensor:
-        flat = torch.zeros(rows, count, n, dtype=torch.float64, device=function.device)
-        flat[:, :, 0] = weights
-        return response(layout_in.unflatten(flat))[0]
-
-    kernel = impulse(torch.ones(count, dtype=torch.float64))
-    code = (1 + torch.randperm(count, generator=generator).double() / max(count, 2)).to(kernel)
-    coded = impulse(code)
-    energy = kernel.square().sum(-1)
-    ratio = (coded * kernel).sum(-1) / energy.clamp_min(torch.finfo(torch.float64).tiny)
-    distance = (ratio[:, None] - code[None, :]).abs()
-    source = distance.argmin(-1)
-    live = energy > 0
-    own = torch.arange(count, device=source.device)
-    if kernel.shape[0] == count:
-        source = torch.where(live, source, own)
-    else:
-        source = torch.where(live, source, torch.zeros_like(source))
-    again = (1 + torch.rand(count, dtype=torch.float64, generator=generator)).to(kernel)
-    if not _close(impulse(again), again[source, None] * kernel):
-        return None
-    expected = convolve(layout_in.flatten(a)[:, source], kernel)
-    return source if _close(fa, expected) else None
-
-
-def convolve(x: Tensor, kernel: Tensor) -> Tensor:
-    """Causal convolution by FFT: x [B, C, n] with kernel [C, m], the first n outputs [B, C, n]."""
-    n = x.shape[-1]
-    kernel = kernel[:, :n]
-    size = n + kernel.shape[-1]
-    spectrum = torch.fft.rfft(x, n=size) * torch.fft.rfft(kernel, n=size)
-    return torch.fft.irfft(spectrum, n=size)[..., :n]
+    return find_pairs(respond, rows, count, n)
 
 
 def verify(
@@ -293,17 +321,10 @@ def verify(
     generator = torch.Generator().manual_seed(11)
     flat = torch.randn(1, found.layout_in.count, length, dtype=torch.float64, generator=generator)
     flat = flat.to(function.device)
-    expected = convolve(flat[:, found.source], derived.kernel)
+    expected = convolve(flat, derived.kernel, found.source, found.fan_in)
     if derived.offset is not None:
         expected = expected + derived.offset
-    return _close(found.layout_out.flatten(function(found.layout_in.unflatten(flat))), expected)
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
-        return False
-    scale = max(float(expected.abs().max()) if expected.numel() else 0.0, 1e-300)
-    return float((found - expected).abs().max() if expected.numel() else 0.0) <= _TOLERANCE * scale
+    return close(found.layout_out.flatten(function(found.layout_in.unflatten(flat))), expected)
 
 
 def _offset(zero: Tensor) -> Tensor | None:

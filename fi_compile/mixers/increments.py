@@ -16,7 +16,8 @@ from .window import Scan, ShortConv
 class Increment(Protocol):
     """What a step does for one mixer. Its state is one ring [R, B, …]: row ``p mod R`` belongs to position p.
 
-    ``source``, int64 [Cout], the input channel of each output channel, is among the weights where they differ.
+    ``source``, int64 [P], the input channel of each pair of an output and an input channel, is among the weights
+    where it is not the pair's own number; there are P / Cout pairs for each output channel in turn.
     """
 
     @property
@@ -34,7 +35,7 @@ class Increment(Protocol):
         """R: what exceeds ``reads`` is how far back a rewind costs nothing."""
         ...
 
-    def weights(self, found: Filter, dtype: torch.dtype) -> dict[str, Tensor]:
+    def weights(self, found: Filter, source: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """What a step reads of a filter, by the names in ``needs``."""
         ...
 
@@ -56,9 +57,9 @@ class Increment(Protocol):
 
 
 INCREMENTS: dict[str, Callable[[Convolution], Increment]] = {
-    "window": lambda mixer: ShortConv(mixer.layout_in.count, mixer.support),
-    "running_sum": lambda mixer: Scan(mixer.layout_in.count),
-    "recurrence": lambda mixer: Recurrence(mixer.layout_out.count),
+    "window": lambda mixer: ShortConv(mixer.layout_in.count, mixer.support, mixer.fan_in),
+    "running_sum": lambda mixer: Scan(mixer.layout_in.count, mixer.fan_in),
+    "recurrence": lambda mixer: Recurrence(len(mixer.source), mixer.fan_in),
 }
 
 

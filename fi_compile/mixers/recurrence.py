@@ -17,6 +17,7 @@ from fi_compile.kernels.modes import Modes, fit_modes, fourier_modes, modal_erro
 from fi_compile.kernels.recurrence import final_state, recurrence_step
 
 from .convolution import Convolution, Filter, FilterGrew
+from .reference import sum_pairs
 
 _EPS = torch.finfo(torch.float32).eps
 _SHARE = 1 / 8  # of what a convolution in float32 may lose
@@ -25,16 +26,17 @@ _ROWS = 16
 
 @dataclass(frozen=True)
 class Recurrence:
-    """Increment of modal filters, one an output channel: the states after the newest positions."""
+    """Increment of modal filters, ``fan_in`` pairs for an output channel: the states after the newest positions."""
 
-    channels: int
+    pairs: int
+    fan_in: int = 1
 
     needs = ("poles", "residues", "skip")
     reads = 1
     rows = _ROWS
 
-    def weights(self, found: Filter, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Poles and residues [2, C, N], real and imaginary parts, and lag 0 [C]: float64, whatever ``dtype``.
+    def weights(self, found: Filter, source: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Poles and residues [2, P, N], real and imaginary parts, and lag 0 [P]: float64, whatever ``dtype``.
 
         A filter that comes without modes, of the few lags that a trial has, is served by its Fourier series.
         """
@@ -44,9 +46,9 @@ class Recurrence:
         return {**both, "skip": modes.skip.clone()}
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
-        """States of no positions: zeros [R, B, C, 2, N], float64."""
+        """States of no positions: zeros [R, B, P, 2, N], float64."""
         poles = weights["poles"]
-        return poles.new_zeros(self.rows, batch, self.channels, 2, poles.shape[-1])
+        return poles.new_zeros(self.rows, batch, self.pairs, 2, poles.shape[-1])
 
     def step(self, ring: Tensor, position: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """The newest output [B, Cout], float64, from x [B, Cin]; writes the new state into the ring."""
@@ -55,7 +57,7 @@ class Recurrence:
         u = (x if source is None else x.index_select(1, source)).to(ring.dtype)
         z, new = recurrence_step(state, u, weights["poles"], weights["residues"], weights["skip"])
         ring.index_copy_(0, position % size, new.unsqueeze(0))
-        return z
+        return sum_pairs(z, self.fan_in)
 
     def fill(self, ring: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Take over the states after the inputs x [B, Cin, P]: the first in closed form, the newest step by step."""
@@ -72,7 +74,8 @@ class Recurrence:
         """Work of one step."""
         live = weights["residues"].abs().sum(0) != 0
         order = int((live * (1 + (weights["poles"][1] != 0).long())).sum(-1).max())
-        return f"3·d·C multiply-adds, d = {order} modes"
+        pairs = "C" if self.fan_in == 1 else f"{self.fan_in}·C"
+        return f"3·d·{pairs} multiply-adds, d = {order} modes"
 
 
 def as_recurrence(found: Convolution, derived: Filter, dtype: torch.dtype) -> tuple[Convolution, Filter]:

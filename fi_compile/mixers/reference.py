@@ -1,4 +1,10 @@
-"""The semantic nodes a raised program is made of, as plain torch functions over whole sequences."""
+"""The semantic nodes a raised program is made of, as plain torch functions over whole sequences.
+
+All take ``x``, layout_in of [B, Cin, n]; ``kernel`` [P, …], the filters of pairs of an output and an input channel,
+``fan_in`` of them for each output channel in turn; ``source`` int64 [P], the input channel of each pair, None where it
+is the pair's own number; ``offset`` [Cout, ≥ n] or [Cout, 1]. They return layout_out of [B, Cout, n] in the precision
+of ``x``; sums are made in the kernel's dtype.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +24,27 @@ def long_conv(
     *,
     layout_in: Layout,
     layout_out: Layout,
+    fan_in: int = 1,
 ) -> Tensor:
-    """A causal convolution with a long filter, by FFT.
+    """A causal convolution with long filters [P, ≥ n or the filters' whole support], by FFT."""
+    out = convolve(layout_in.flatten(x).to(kernel.dtype), kernel, source, fan_in)
+    return layout_out.as_value(_shifted(out, offset), x.dtype)
 
-    ``x``: layout_in of [B, Cin, n]; ``kernel``: [Cout, ≥ n or the filter's whole support]; ``offset``: [Cout, ≥ n]
-    or [Cout, 1]. Returns layout_out of [B, Cout, n] in the dtype of ``x``; the sum is made in the kernel's dtype.
-    """
-    flat = layout_in.flatten(x).to(kernel.dtype)
-    batch, _, n = flat.shape
+
+def convolve(x: Tensor, kernel: Tensor, source: Tensor | None, fan_in: int) -> Tensor:
+    """The sum over each output's pairs of x [B, Cin, n] * kernel [P, m]: the first n outputs [B, P / fan_in, n]."""
+    batch, _, n = x.shape
     lags = kernel[:, :n]
     size = _smooth(n + lags.shape[1] - 1)
-    out = flat.new_empty(batch, kernel.shape[0], n)
-    chunk = max(1, _CHUNK_BYTES // (8 * size * batch))
-    for start in range(0, kernel.shape[0], chunk):
-        stop = min(start + chunk, kernel.shape[0])
-        rows = flat[:, start:stop] if source is None else flat[:, source[start:stop]]
-        spectrum = torch.fft.rfft(rows, n=size) * torch.fft.rfft(lags[start:stop], n=size)
-        out[:, start:stop] = torch.fft.irfft(spectrum, n=size)[..., :n]
-    return layout_out.unflatten(_shifted(out, offset)).to(x.dtype)
+    out = x.new_empty(batch, kernel.shape[0] // fan_in, n)
+    chunk = max(1, _CHUNK_BYTES // (8 * size * batch) // fan_in)
+    for start in range(0, out.shape[1], chunk):
+        stop = min(start + chunk, out.shape[1])
+        pairs = slice(start * fan_in, stop * fan_in)
+        rows = x[:, pairs] if source is None else x[:, source[pairs]]
+        spectrum = torch.fft.rfft(rows, n=size) * torch.fft.rfft(lags[pairs], n=size)
+        out[:, start:stop] = torch.fft.irfft(sum_pairs(spectrum, fan_in), n=size)[..., :n]
+    return out
 
 
 def short_conv(
@@ -46,15 +55,18 @@ def short_conv(
     *,
     layout_in: Layout,
     layout_out: Layout,
+    fan_in: int = 1,
 ) -> Tensor:
-    """The same with a filter of few lags [Cout, M], by direct sums."""
+    """The same with filters of few lags [P, M], by direct sums."""
     flat = layout_in.flatten(x).to(kernel.dtype)
-    if source is not None:
-        flat = flat[:, source]
-    taps = kernel.shape[1]
-    padded = torch.nn.functional.pad(flat, (taps - 1, 0))
-    out = torch.nn.functional.conv1d(padded, kernel.flip(-1).unsqueeze(1), groups=kernel.shape[0])
-    return layout_out.unflatten(_shifted(out, offset)).to(x.dtype)
+    padded = torch.nn.functional.pad(flat, (kernel.shape[1] - 1, 0))
+    weight = kernel.flip(-1)
+    if is_dense(fan_in, flat.shape[1]):
+        out = torch.nn.functional.conv1d(padded, dense(weight, source, fan_in, flat.shape[1]))
+    else:
+        rows = padded if source is None else padded[:, source]
+        out = sum_pairs(torch.nn.functional.conv1d(rows, weight.unsqueeze(1), groups=len(weight)), fan_in)
+    return layout_out.as_value(_shifted(out, offset), x.dtype)
 
 
 def scan(
@@ -65,13 +77,33 @@ def scan(
     *,
     layout_in: Layout,
     layout_out: Layout,
+    fan_in: int = 1,
 ) -> Tensor:
-    """The same with a constant filter [Cout, ≥ 1]: a running sum."""
-    flat = layout_in.flatten(x).to(kernel.dtype)
+    """The same with constant filters [P, ≥ 1]: running sums."""
+    flat = layout_in.flatten(x).to(kernel.dtype).cumsum(-1)
     if source is not None:
         flat = flat[:, source]
-    out = flat.cumsum(-1) * kernel[:, :1]
-    return layout_out.unflatten(_shifted(out, offset)).to(x.dtype)
+    return layout_out.as_value(_shifted(sum_pairs(flat * kernel[:, :1], fan_in), offset), x.dtype)
+
+
+def sum_pairs(value: Tensor, fan_in: int) -> Tensor:
+    """Pairs [B, P, …] summed for each output channel: [B, P / fan_in, …]."""
+    return value if fan_in == 1 else value.unflatten(1, (-1, fan_in)).sum(2)
+
+
+def is_dense(fan_in: int, channels_in: int) -> bool:
+    """Whether a matrix of all channels is no more work than gathering the pairs."""
+    return fan_in > 1 and 2 * fan_in >= channels_in
+
+
+def dense(kernel: Tensor, source: Tensor | None, fan_in: int, channels_in: int) -> Tensor:
+    """Filters of pairs [P, m] as a matrix of filters [Cout, Cin, m]."""
+    count, taps = kernel.shape
+    if source is None:
+        source = torch.arange(count, device=kernel.device)
+    out = kernel.new_zeros(count // fan_in, channels_in, taps)
+    index = source.view(-1, fan_in, 1).expand(-1, -1, taps)
+    return out.scatter_add_(1, index, kernel.view(-1, fan_in, taps))
 
 
 def _shifted(value: Tensor, offset: Tensor | None) -> Tensor:

@@ -15,7 +15,9 @@ from torch import Tensor
 from fi_compile.kernels.block import block_table
 from fi_compile.kernels.prefix import write_prefix
 from fi_compile.kernels.tile import add_tile_direct, add_tile_fft, tile_cost, tile_spectrum
-from fi_compile.schedule import Schedule, Tile
+from fi_compile.schedule import SLACK, Schedule, Tile
+
+from .pairs import count_pairs
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,9 +30,15 @@ class FilterBank:
 
     filters: [F, capacity], float32 or float64, lag 0 first. source: int64 [Cout], the input channel
     of each output channel; None where they are the same. filter_index: int64 [Cout], the filter of
-    each output channel; None where each has its own. block: the base block K.
+    each output channel; None where each has its own. block: the base block K. target: int64 [P], ascending, where
+    output channels read several inputs each: `source` and `filter_index` then count pairs, and pair p belongs to
+    output channel `target[p]`; None where a pair is an output channel.
 
-    block_table [2K, Cout] is what `kernels.block.block_sum` reads; skip [Cout] is lag 0. Raises
+    reach: the number of lags from the first to the last that is not zero, where a sequence may go on beyond the
+    capacity; None where it ends there. A state then drops inputs that no filter reaches any more, and keeps
+    capacity // 2 >= reach + SLACK - 1 at least.
+
+    block_table [2K, P] is what `kernels.block.block_sum` reads; skip [P] is lag 0. Raises
     ValueError for shapes, indices or dtypes that do not fit together.
     """
 
@@ -39,9 +47,11 @@ class FilterBank:
         filters: Tensor,
         source: Tensor | None = None,
         filter_index: Tensor | None = None,
+        target: Tensor | None = None,
         *,
         channels_in: int,
         block: int,
+        reach: int | None = None,
     ):
         if filters.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"filters are float32 or float64, found {filters.dtype}")
@@ -49,19 +59,30 @@ class FilterBank:
             raise ValueError(f"filters are [F, capacity], found {list(filters.shape)}")
         if block < 1:
             raise ValueError(f"a base block has at least one position, found {block}")
-        channels_out = _channels_out(source, filter_index, channels_in, filters.shape[0])
+        pairs = count_pairs(source, filter_index, channels_in, filters.shape[0])
+        if target is not None and (target.numel() != pairs or bool((target.diff() < 0).any())):
+            raise ValueError(
+                f"target is ascending, one value for each of {pairs} pairs; found {target.numel()}"
+            )
         # Ordinary tensors of our own, also under inference mode: they outlive the call.
         with torch.inference_mode(False), torch.no_grad():
             self.filters = filters.detach().clone(memory_format=torch.contiguous_format)
             self.source = None if source is None else source.detach().clone()
             self.filter_index = None if filter_index is None else filter_index.detach().clone()
+            self.target = None if target is None else target.detach().clone()
             self.block_table = block_table(self.filters, block, self.filter_index)
             lag0 = self.filters[:, 0]
             index = self.filter_index
             self.skip = lag0.clone() if index is None else lag0.index_select(0, index)
         self.channels_in = channels_in
-        self.channels_out = channels_out
+        self.channels_out = pairs if target is None else int(target[-1]) + 1
         self.block = block
+        self.reach = reach
+        if reach is not None and (self.capacity // 2 < reach + SLACK - 1 or self.capacity % (2 * block)):
+            raise ValueError(
+                f"filters that reach {reach} lags need a capacity of two halves, each of whole blocks and"
+                f" of {reach + SLACK - 1} positions or more; found {self.capacity}"
+            )
         self._spectra: dict[int, Tensor] = {}
 
     @property
@@ -78,7 +99,7 @@ class FilterBank:
     def nbytes(self) -> int:
         """Bytes of filters, tables and the spectra made so far."""
         tensors = [self.filters, self.block_table, self.skip, *self._spectra.values()]
-        tensors += [t for t in (self.source, self.filter_index) if t is not None]
+        tensors += [t for t in (self.source, self.filter_index, self.target) if t is not None]
         return sum(t.nbytes for t in tensors)
 
     def spectrum(self, side: int) -> Tensor:
@@ -94,37 +115,15 @@ class FilterBank:
         outputs = pending[:, :, tile.outputs.start : tile.outputs.stop]
         cost = tile_cost(tile.side, len(tile.outputs))
         if cost["direct"] < cost["fft"]:
-            add_tile_direct(outputs, inputs, self.filters, self.source, self.filter_index)
+            add_tile_direct(outputs, inputs, self.filters, self.source, self.filter_index, self.target)
         else:
             spectrum = self.spectrum(tile.side)
-            add_tile_fft(outputs, inputs, spectrum, self.source, self.filter_index)
+            add_tile_fft(outputs, inputs, spectrum, self.source, self.filter_index, self.target)
 
     def write_prefix(self, history: Tensor, pending: Tensor, length: int) -> None:
         """Make pending[..., length:] what the first `length` inputs contribute, and no more."""
         inputs, outputs = history[:, :, :length], pending[:, :, length:]
-        write_prefix(outputs, inputs, self.filters, self.source, self.filter_index)
-
-
-def _channels_out(source: Tensor | None, filter_index: Tensor | None, channels_in: int, filters: int) -> int:
-    counts = set()
-    for name, index, bound in (
-        ("source", source, channels_in),
-        ("filter_index", filter_index, filters),
-    ):
-        if index is None:
-            counts.add(bound)
-            continue
-        if index.dtype != torch.int64 or index.ndim != 1:
-            raise ValueError(f"{name} is int64 [Cout], found {index.dtype} {list(index.shape)}")
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < bound:
-            raise ValueError(f"{name} has values outside 0 ... {bound - 1}")
-        counts.add(index.numel())
-    if len(counts) > 1:
-        raise ValueError(
-            f"source, filter_index, {channels_in} input channels and {filters} filters give"
-            f" different numbers of output channels: {sorted(counts)}"
-        )
-    return counts.pop()
+        write_prefix(outputs, inputs, self.filters, self.source, self.filter_index, self.target)
 
 
 class ConvState:
@@ -133,7 +132,9 @@ class ConvState:
     history [B, Cin, capacity]: inputs before the current base block, zero or unread beyond.
     pending [B, Cout, capacity]: what positions before the block contribute to those from it on.
     block_inputs [K, B, Cin], block_pending [K, B, Cout]: the current block, position-major.
-    `position` is the next one to be computed, `origin` where the schedule was last restarted.
+    `position` is the next one to be computed, `origin` where the schedule was last restarted. Both, and all positions
+    here, count from `dropped`: where the bank says how far filters reach, a state that is full drops its oldest inputs
+    and restarts, and so goes on for ever.
 
     A step at `position` computes, with j = `local`,
     `block_pending[j] + block_sum(block_inputs, table, j, source) + skip * input`, writes its input
@@ -157,6 +158,7 @@ class ConvState:
             self.block_inputs = new(block, batch, bank.channels_in)
             self.block_pending = new(block, batch, bank.channels_out)
         self.position = 0
+        self.dropped = 0
         self.consistent = True
         self.tiles_run: Counter[int] = Counter()
         self.positions_tiled = 0
@@ -214,6 +216,9 @@ class ConvState:
     def _end_block(self, end: int) -> None:
         self.consistent = False
         self._flush(end)
+        if self.bank.reach is not None and end + self.bank.block > self.capacity:
+            self._drop(end)
+            return
         for tile in self.schedule.tiles_after(end - 1):
             self.bank.add_tile(tile, self.history, self.pending)
             self.tiles_run[tile.side] += 1
@@ -222,6 +227,14 @@ class ConvState:
         self._block_end = end + self.bank.block
         self._load_block()
         self.consistent = True
+
+    def _drop(self, end: int) -> None:
+        """Keep only the newest half of the inputs, and restart after it."""
+        half = self.capacity // 2
+        self.history[:, :, :half] = self.history[:, :, end - half : end].clone()
+        self.dropped += end - half
+        self.position = self._flushed = half
+        self.restart(half)
 
     def _load_block(self) -> None:
         """The block that begins at `position`: its pending outputs, no inputs yet."""
@@ -281,6 +294,9 @@ class ConvState:
         if self._flushed < position:
             self._flush(position)
         self.consistent = False
+        if self.bank.reach is not None and position + self.bank.block > self.capacity:
+            self._drop(position)
+            return
         # In this order: whatever lies below the larger of the two is in history, at every moment.
         self.position = position
         self._flushed = position
@@ -289,6 +305,27 @@ class ConvState:
         self.bank.write_prefix(self.history, self.pending, position)
         self._load_block()
         self.consistent = True
+
+    def fill(self, inputs: Tensor) -> None:
+        """Take over the inputs [B, Cin, P] of a sequence's first P positions."""
+        length, half = inputs.shape[-1], self.capacity // 2
+        self.position = self._flushed = 0
+        self.dropped = 0 if self.bank.reach is None else max(0, length // half - 1) * half
+        self.write_history(inputs[:, :, self.dropped :])
+        self.restart(length - self.dropped)
+
+    def can_rewind(self, position: int) -> bool:
+        """Whether all inputs are kept that outputs from a position of the sequence on depend on."""
+        reach = self.bank.reach
+        return (
+            not self.dropped or position == 0 or (reach is not None and position - self.dropped >= reach - 1)
+        )
+
+    def rewind_sequence(self, position: int) -> None:
+        """Back to a position of the sequence to which `can_rewind`."""
+        if position == 0:
+            self.dropped = 0
+        self.rewind(position - self.dropped)
 
     def rewind(self, position: int) -> None:
         """Back to `position`: inside the current block at no cost, else by `restart`."""
@@ -317,9 +354,13 @@ class ConvState:
                 f" {self.bank.channels_in} channels in {self.bank.dtype}"
             )
         self.flush()
+        if self.dropped and (bank.reach, bank.capacity) != (self.bank.reach, self.capacity):
+            raise ValueError(
+                f"filters that reach {bank.reach} lags need inputs that a state for {self.bank.reach} has dropped"
+            )
         grown = ConvState(bank, self.batch)
-        grown.write_history(self.history[:, :, : self.position])
-        grown.restart(self.position)
+        grown.fill(self.history[:, :, : self.position])
+        grown.dropped += self.dropped
         return grown
 
     def clone(self) -> ConvState:
@@ -342,6 +383,7 @@ class ConvState:
             new.block_pending = self.block_pending.index_select(1, index)
         new.bank, new.position, new.consistent = self.bank, self.position, True
         new.tiles_run, new.positions_tiled = Counter(), 0
+        new.dropped = self.dropped
         new.schedule, new.origin = self.schedule, self.origin
         new._block_end, new._flushed = self._block_end, self._flushed
         return new

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from .convolution import Filter
+from .reference import dense, is_dense, sum_pairs
 
 SLACK = 64
 
 
 @dataclass(frozen=True)
 class ShortConv:
-    """Increment of a filter of ``taps`` lags: the inputs of the newest positions."""
+    """Increment of filters of ``taps`` lags, ``fan_in`` for an output channel: the inputs of the newest positions."""
 
     channels_in: int
     taps: int
+    fan_in: int = 1
 
     needs = ("kernel",)
 
@@ -36,9 +38,13 @@ class ShortConv:
         """Rows of the ring."""
         return max(self.reads, 1) + SLACK
 
-    def weights(self, found: Filter, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The filter [Cout, taps]."""
-        return {"kernel": found.kernel.to(dtype)}
+    def weights(self, found: Filter, source: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The filters, [P, taps] of pairs; where a matrix is no more work, [taps, Cin, Cout], the newest lag last."""
+        kernel = found.kernel.to(dtype)
+        if is_dense(self.fan_in, self.channels_in):
+            matrix = dense(kernel, source, self.fan_in, self.channels_in)
+            kernel = matrix.permute(2, 1, 0).flip(0).contiguous()
+        return {"kernel": kernel}
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """Inputs of no positions: zeros [R, B, Cin]."""
@@ -49,11 +55,16 @@ class ShortConv:
         kernel, source = weights["kernel"], weights.get("source")
         size, x = ring.shape[0], x.to(ring.dtype)
         lags = torch.arange(1, self.taps, device=ring.device)
-        past = ring.index_select(0, (position - lags) % size)
-        now = x
-        if source is not None:
-            past, now = past.index_select(2, source), x.index_select(1, source)
-        out = (past * kernel[:, 1:].t().unsqueeze(1)).sum(0) + now * kernel[:, 0]
+        if is_dense(self.fan_in, self.channels_in):
+            past = ring.index_select(0, (position - lags.flip(0)) % size)
+            rows = torch.cat([past, x.unsqueeze(0)]).transpose(0, 1).flatten(1)
+            out = rows @ kernel.flatten(0, 1)
+        else:
+            past, now = ring.index_select(0, (position - lags) % size), x
+            if source is not None:
+                past, now = past.index_select(2, source), x.index_select(1, source)
+            pairs = (past * kernel[:, 1:].t().unsqueeze(1)).sum(0) + now * kernel[:, 0]
+            out = sum_pairs(pairs, self.fan_in)
         ring.index_copy_(0, position % size, x.unsqueeze(0))
         return out
 
@@ -63,21 +74,22 @@ class ShortConv:
 
     def cost(self, weights: Mapping[str, Tensor]) -> str:
         """Work of one step."""
-        return "M·C multiply-adds"
+        return "M·C multiply-adds" if self.fan_in == 1 else f"{self.fan_in}·M·C multiply-adds"
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Increment of a constant filter: the running sums at the newest positions."""
+    """Increment of constant filters: the running sums at the newest positions."""
 
     channels_in: int
+    fan_in: int = 1
 
     needs = ("kernel",)
     reads = 1
     rows = 1 + SLACK
 
-    def weights(self, found: Filter, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The constant [Cout, 1]."""
+    def weights(self, found: Filter, source: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The constants [P, 1]."""
         return {"kernel": found.kernel[:, :1].to(dtype)}
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
@@ -90,7 +102,8 @@ class Scan:
         size, x = ring.shape[0], x.to(ring.dtype)
         total = ring.index_select(0, (position - 1) % size)[0] + x
         ring.index_copy_(0, position % size, total.unsqueeze(0))
-        return (total if source is None else total.index_select(1, source)) * kernel[:, 0]
+        pairs = (total if source is None else total.index_select(1, source)) * kernel[:, 0]
+        return sum_pairs(pairs, self.fan_in)
 
     def fill(self, ring: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Take over the sums of the inputs x [B, Cin, P] of positions 0 … P-1."""
