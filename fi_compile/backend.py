@@ -18,6 +18,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from .doors import (
     Door,
+    DoorKey,
     Doors,
     FlashinfWarning,
     doors_of,
@@ -28,6 +29,7 @@ from .doors import (
 )
 from .dynamo import Roles, graph_refusal, graph_text, read_roles
 from .errors import InputError, Refusal
+from .inputs import Description, describe, exact, undescribed
 from .options import Options, read_options
 from .report import Report
 from .sessions import common_prefix
@@ -141,29 +143,40 @@ class _Artifact:
         self._own_doors = Doors()  # of a graph that reads no weights
 
     def __call__(self, *args: Any) -> Any:
-        door = self._door(args)
-        if door is None:
+        roles = self._roles
+        weights = [args[place] for place, _ in roles.weights]
+        doors = doors_of(weights) if weights else self._own_doors
+        sequence, beside = args[roles.sequence], []
+        for extra in roles.extras:
+            found = describe(args[extra.place], sequence, extra)
+            if found is None:
+                text = undescribed(extra, args[extra.place], sequence)
+                doors.warn_once(f"a call runs as given, every position of it, because {text}", extra.name)
+                return self._plain(*args)
+            beside.append(found)
+        key = DoorKey(self._on(weights, sequence), self._values(args, beside))
+        door = find_door(doors, key, lambda: Door(doors, self._gm, roles, args, beside, self._options))
+        if door is None or not door.holds(args, beside):
             return self._plain(*args)
         if door.refusals:
             self._plain.patience = _EAGER_CALLS
-        return door.call(args[self._roles.sequence], lambda: self._plain(*args))
+        return door.call(sequence, lambda: self._plain(*args))
 
-    def _door(self, args: Sequence[Any]) -> Door | None:
-        roles = self._roles
-        weights = [args[place] for place, _ in roles.weights]
-        sequence = args[roles.sequence]
-        key = (
+    def _on(self, weights: Sequence[Tensor], sequence: Tensor) -> tuple[Any, ...]:
+        return (
             self._text,
-            roles.outputs,
+            self._roles.outputs,
             self._options,
-            *(args[place].item() for place in roles.numbers),
             *((id(w), w.data_ptr(), w.dtype) for w in weights),
             sequence.dtype,
             sequence.device,
             sequence.shape[2:],
         )
-        doors = doors_of(weights) if weights else self._own_doors
-        return find_door(doors, key, lambda: Door(doors, self._gm, roles, args, self._options))
+
+    def _values(self, args: Sequence[Any], beside: Sequence[Description]) -> tuple[Any, ...]:
+        numbers = (exact(args[place].item()) for place in self._roles.numbers)
+        integers = (exact(args[place]) for place in self._roles.integers)
+        return *numbers, *integers, *beside
 
 
 class _Training:

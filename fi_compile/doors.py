@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,9 +25,10 @@ from .dynamo import Roles, wrap_graph
 from .engine import Engine
 from .errors import CapacityError, FlashinfError, FlashinfWarning, InputError, Refusal, Unsupported
 from .growing import Growing
+from .inputs import Description, Fixed, same_bits, writes_to
 from .options import Options
 from .report import Report
-from .sessions import Match, MemoryLimit, Session, clock, quiet_mode, same_bits, tracing
+from .sessions import Match, MemoryLimit, Session, clock, quiet_mode, tracing
 from .weights import WeightWatch, checksum
 
 _MOST_SESSIONS = 8
@@ -45,9 +47,15 @@ class Door:
     """
 
     def __init__(
-        self, doors: Doors, gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any], options: Options
+        self,
+        doors: Doors,
+        gm: fx.GraphModule,
+        roles: Roles,
+        arguments: Sequence[Any],
+        beside: Sequence[Description],
+        options: Options,
     ) -> None:
-        self.doors, self.roles, self.options = doors, roles, options
+        self.doors, self.roles, self.options = doors, roles.bound(arguments), options
         self.module = nn.Module()
         self.refusals: tuple[Refusal, ...] = ()
         self.sessions: list[Session] = []
@@ -55,9 +63,10 @@ class Door:
         self._last_length, self._misses = -1, 0
         self._versions: list[int] = []
         try:
-            self.module = wrap_graph(gm, roles, arguments)
+            self.module = wrap_graph(gm, self.roles, arguments, beside)
             self._versions = self._weight_versions()
             with quiet_mode(), tracing(), fork_rng(arguments[roles.sequence].device):
+                self._check_unwritten(gm, arguments)
                 example = arguments[roles.sequence].nan_to_num(0, 0, 0)  # its values must not matter
                 self.engine: Engine = build_engine(self.module, example, options)
                 self.report: Report = self.engine.report
@@ -65,6 +74,27 @@ class Door:
                 self._read_outputs()
         except Exception as error:
             self.refuse(error)
+
+    def _check_unwritten(self, gm: fx.GraphModule, arguments: Sequence[Any]) -> None:
+        """A session's answer would leave out what the forward writes to its arguments."""
+        places = {extra.place: extra.name for extra in self.roles.extras}
+        written = writes_to(gm.forward, arguments, list(places)) if places else None
+        if written is not None:
+            raise Unsupported(
+                Refusal(
+                    "mutation",
+                    f"the forward writes to its argument {places[written]}",
+                    hint="write to a copy: argument.clone()",
+                )
+            )
+
+    def holds(self, arguments: Sequence[Any], beside: Sequence[Description]) -> bool:
+        """Whether the tensors that were taken as they are, beside the sequence, are those of a call."""
+        return all(
+            same_bits(getattr(self.module, f"_beside_{i}"), arguments[extra.place])
+            for i, (extra, found) in enumerate(zip(self.roles.extras, beside, strict=True))
+            if isinstance(found, Fixed) and not self.refusals
+        )
 
     def _read_outputs(self) -> None:
         plan = self.engine.plan
@@ -243,13 +273,21 @@ class Door:
 _ATTRIBUTE = "_flashinf_doors"
 
 
-class Doors(OrderedDict[Any, Door]):
+@dataclass(frozen=True)
+class DoorKey:
+    """What a door answers: a graph on certain weights, and the values passed beside the sequence."""
+
+    graph: tuple[Any, ...]
+    values: tuple[Any, ...] = ()
+
+
+class Doors(OrderedDict[DoorKey, Door]):
     """The doors of one weight, an attribute of it: freed when it is, and not saved with it."""
 
     def __init__(self) -> None:
         super().__init__()
         self._warned: set[str] = set()
-        self._made = 0
+        self._made = self._passed = 0
         self._awaited: Any = None
 
     def warn_once(self, text: str, key: str | None = None) -> None:
@@ -258,12 +296,23 @@ class Doors(OrderedDict[Any, Door]):
             self._warned.add(key or text)
             warnings.warn(text, FlashinfWarning, stacklevel=3)
 
-    def is_passing(self, key: Any) -> bool:
-        """Whether a new key may never come back: after many, only one that comes twice running is analysed."""
+    def is_passing(self, key: DoorKey) -> bool:
+        """Whether a new key may never come back; then only one that comes twice running is analysed.
+
+        So it is with other values beside the sequence than those of a door there is, and after many keys.
+        """
         again, self._awaited = self._awaited == key, key
-        if self._made >= _MOST_DOORS and not again:
+        other_values = any(k.graph == key.graph and k.values != key.values for k in self)
+        if not again and (other_values or self._made >= _MOST_DOORS):
+            self._passed += other_values
+            if self._passed >= _MISSES:
+                self.warn_once(
+                    "what is passed beside the sequence changes from call to call: nothing is reused. "
+                    "Pass values that stay as they are while a sequence grows",
+                    "values",
+                )
             return True
-        self._made += 1
+        self._made, self._passed = self._made + 1, 0
         return False
 
     def __reduce__(self) -> Any:
@@ -285,7 +334,7 @@ def doors_of(weights: Sequence[Tensor]) -> Doors:
     return doors
 
 
-def find_door(doors: Doors, key: Any, make: Callable[[], Door]) -> Door | None:
+def find_door(doors: Doors, key: DoorKey, make: Callable[[], Door]) -> Door | None:
     """The door for ``key``, made where it is new; None while another thread makes one, or for a passing key."""
     door = doors.get(key)
     if door is None or door.may_retry:

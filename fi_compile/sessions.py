@@ -24,6 +24,7 @@ from .decoder import Decoder
 from .dynamo import Form
 from .errors import FlashinfError
 from .growing import Growing, laid_out
+from .inputs import bits
 
 if TYPE_CHECKING:
     from .doors import Door
@@ -202,7 +203,7 @@ def common_prefix(known: Tensor, sequence: Tensor, rows_independent: Callable[[]
     Compares bits, so that -0.0 is not 0.0 and a NaN equals itself.
     """
     length = min(known.shape[1], sequence.shape[1])
-    known, sequence = _bits(known[:, :length]), _bits(sequence[:, :length])
+    known, sequence = bits(known[:, :length]), bits(sequence[:, :length])
     same_batch = known.shape[0] == sequence.shape[0]
     if same_batch and torch.equal(known, sequence):
         return Match(length)
@@ -227,18 +228,6 @@ def _agreement(known: Tensor, sequence: Tensor) -> Tensor:
     """Per row, how many leading positions agree: int64 [B]."""
     different = (known != sequence).flatten(2).any(2) if known.dim() > 2 else known != sequence
     return torch.where(different.any(1), different.to(torch.uint8).argmax(1), different.shape[1])
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors agree in shape and in every bit."""
-    return a.shape == b.shape and torch.equal(_bits(a), _bits(b))
-
-
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(value: Tensor) -> Tensor:
-    return value.view(_INTEGER[value.element_size()]) if value.dtype.is_floating_point else value
 
 
 def _with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
