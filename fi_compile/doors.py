@@ -25,7 +25,7 @@ from .dynamo import Roles, wrap_graph
 from .engine import Engine
 from .errors import CapacityError, FlashinfError, FlashinfWarning, InputError, Refusal, Unsupported
 from .growing import Growing
-from .inputs import Description, Fixed, same_bits, writes_to
+from .inputs import Description, Fixed, same_bits
 from .options import Options
 from .report import Report
 from .sessions import Match, MemoryLimit, Session, clock, quiet_mode, tracing
@@ -63,30 +63,25 @@ class Door:
         self._last_length, self._misses = -1, 0
         self._versions: list[int] = []
         try:
-            self.module = wrap_graph(gm, self.roles, arguments, beside)
+            self.module = module = wrap_graph(gm, self.roles, arguments, beside)
             self._versions = self._weight_versions()
             with quiet_mode(), tracing(), fork_rng(arguments[roles.sequence].device):
-                self._check_unwritten(gm, arguments)
                 example = arguments[roles.sequence].nan_to_num(0, 0, 0)  # its values must not matter
+                written = module.written(example)
+                if written is not None:  # which an answer from a session would leave out
+                    raise Unsupported(
+                        Refusal(
+                            "mutation",
+                            f"the forward writes to its argument {written}",
+                            hint="write to a copy: argument.clone()",
+                        )
+                    )
                 self.engine: Engine = build_engine(self.module, example, options)
                 self.report: Report = self.engine.report
                 self._watch = WeightWatch(self.engine.program, self.module)
                 self._read_outputs()
         except Exception as error:
             self.refuse(error)
-
-    def _check_unwritten(self, gm: fx.GraphModule, arguments: Sequence[Any]) -> None:
-        """A session's answer would leave out what the forward writes to its arguments."""
-        places = {extra.place: extra.name for extra in self.roles.extras}
-        written = writes_to(gm.forward, arguments, list(places)) if places else None
-        if written is not None:
-            raise Unsupported(
-                Refusal(
-                    "mutation",
-                    f"the forward writes to its argument {places[written]}",
-                    hint="write to a copy: argument.clone()",
-                )
-            )
 
     def holds(self, arguments: Sequence[Any], beside: Sequence[Description]) -> bool:
         """Whether the tensors that were taken as they are, beside the sequence, are those of a call."""

@@ -17,7 +17,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.traceback import preserve_node_meta
 
 from .errors import Refusal
@@ -137,7 +137,7 @@ def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Ref
     for form in outputs:
         if isinstance(form, Form) and not form.symbols <= set(symbols.values()):
             return _unsupported_input(placeholders[found], "laid out in memory as its caller likes")
-    named = tuple(zip(weights, paths, strict=True))
+    named = tuple(sorted(zip(weights, paths, strict=True), key=lambda both: both[1]))
     return Roles(found, named, tuple(numbers), tuple(integers), tuple(sizes), extras, outputs)
 
 
@@ -232,32 +232,30 @@ def _paths(nodes: Sequence[fx.Node]) -> list[str]:
 
 
 def graph_text(gm: fx.GraphModule, roles: Roles) -> str:
-    """The graph in words that do not depend on names, nor on arguments it does not use.
+    """The graph in words that do not depend on names, on the order of arguments, nor on arguments it does not use.
 
     Graphs of equal text compute the same function of the sequence and the weights at the same paths.
     """
     labels = {roles.sequence: "sequence", **dict(roles.weights)}
     labels |= {place: f"number {i}" for i, place in enumerate(roles.numbers)}
     labels |= {place: f"integer {i}" for i, place in enumerate(roles.integers)}
-    labels |= {extra.place: f"beside {extra.shape} {extra.dtype}" for extra in roles.extras}
+    labels |= {e.place: f"beside {i} {e.shape} {e.dtype}" for i, e in enumerate(roles.extras)}
     labels |= {place: f"{measure} {axis}" for place, measure, axis in roles.sizes}
-    numbers: dict[fx.Node, str] = {}
-    lines = []
-    placeholders = iter(range(len(labels)))
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    names = {node: f"<{labels[place]}>" for place, node in enumerate(placeholders)}
+    lines: list[str] = []
     for node in gm.graph.nodes:
-        what = f"{node.op} {node.target} {fx.map_arg((node.args, node.kwargs), lambda n: numbers[n])}"
         if node.op == "placeholder":
-            what = labels[next(placeholders)]
-            if not node.users:
-                continue
-        elif node.op == "get_attr":
+            continue
+        what = f"{node.op} {node.target} {fx.map_arg((node.args, node.kwargs), lambda n: names[n])}"
+        if node.op == "get_attr":
             value = getattr(gm, str(node.target))
             what = (
                 value.print_readable(print_output=False)
                 if isinstance(value, fx.GraphModule)
                 else f"{id(value)}"
             )
-        numbers[node] = f"%{len(lines)}"
+        names[node] = f"%{len(lines)}"
         lines.append(what)
     return "\n".join(lines)
 
@@ -268,11 +266,21 @@ class SequenceModule(nn.Module):
     def __init__(self, graph: fx.Graph) -> None:
         super().__init__()
         self._sequence_graph = graph
+        self._built: dict[fx.Node, str] = {}  # what stands for arguments beside the sequence: their names
 
     def forward(self, sequence: Tensor) -> Any:
         """Run the graph on ``sequence``; its flat tuple of outputs."""
         with preserve_node_meta():
             return fx.Interpreter(self, graph=self._sequence_graph).run(sequence)
+
+    def written(self, sequence: Tensor) -> str | None:
+        """The name of an argument beside the sequence that the graph writes to; found on fake tensors."""
+        if not self._built:
+            return None
+        run = fx.Interpreter(self, garbage_collect_values=False, graph=self._sequence_graph)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            run.run(torch.empty(sequence.shape, dtype=sequence.dtype, device=sequence.device))
+        return next((name for node, name in self._built.items() if run.env[node]._version), None)
 
 
 def wrap_graph(
@@ -299,10 +307,14 @@ def wrap_graph(
     for i, (extra, description) in enumerate(zip(roles.extras, beside, strict=True)):
         value = arguments[extra.place]
         if isinstance(description, Fixed):
-            module.register_buffer(f"_beside_{i}", value.detach().clone())
+            with torch.inference_mode(False):  # it keeps a version
+                module.register_buffer(f"_beside_{i}", value.detach().clone())
             mapped[placeholders[extra.place]] = graph.get_attr(f"_beside_{i}")
         else:
-            mapped[placeholders[extra.place]] = build(description, extra, value, graph, sequence)
+            built = build(description, extra, value, graph, sequence)
+            mapped[placeholders[extra.place]] = built
+            if built is not sequence:
+                module._built[built] = extra.name
     for place, measure, axis in roles.sizes:
         if placeholders[place].users:
             mapped[placeholders[place]] = graph.call_method(measure, (sequence, axis))

@@ -9,13 +9,11 @@ was not seen in this very call: another description is another analysis, and a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .weights import checksum
 
@@ -193,22 +191,3 @@ def sequence_rank(name: str, value: Tensor, described: bool) -> tuple[bool, ...]
 
 
 _BESIDE = ("mask", "position", "type_id", "label", "segment", "target", "pad")
-
-
-def writes_to(run: Callable[..., Any], arguments: Sequence[Any], places: Sequence[int]) -> int | None:
-    """The first of the arguments at ``places`` that a graph writes to, or None; it is run on fake tensors.
-
-    Tensors without dimensions, which may be numbers, are copied instead.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def stand_in(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return mode.from_tensor(value.detach(), static_shapes=True) if value.dim() else value.clone()
-
-    fakes = [stand_in(a) for a in arguments]
-    with mode:
-        versions = {place: fakes[place]._version for place in places}
-        run(*fakes)
-    return next((place for place, version in versions.items() if fakes[place]._version != version), None)

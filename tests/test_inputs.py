@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fi_compile import backend
 from fi_compile.doors import FlashinfWarning
-from fi_compile.inputs import Causal, Counted, Extra, Filled, Fixed, Same, describe, writes_to
+from fi_compile.inputs import Causal, Counted, Extra, Filled, Fixed, Same, describe
 
-VOCAB, WIDTH = 7, 4
+VOCAB, WIDTH = 7, 3
 OPTIONS = {"step": "eager", "fallback": "eager", "block": 8}
 
 
@@ -30,7 +30,7 @@ class Mixed(nn.Module):
     def __init__(self, join: Callable[..., Tensor]):
         super().__init__()
         self.table = nn.Embedding(VOCAB, WIDTH)
-        self.places = nn.Embedding(64, WIDTH)
+        self.places = nn.Embedding(80, WIDTH)
         self.filter = nn.Parameter(torch.randn(64, WIDTH))
         self.head = nn.Linear(WIDTH, VOCAB)
         self.join = join
@@ -145,22 +145,22 @@ def test_functions_of_the_shape_are_decoded(name: str, batch: int, runs: Runs):
     model = Mixed(join)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FlashinfWarning)
-        decode(compiled(model), model, random_ids(batch, 5), 12, beside)
+        decode(compiled(model), model, random_ids(batch, 9), 12, beside)
     assert runs.plain == 1
 
 
 def test_labels_equal_to_the_ids(runs: Runs):
     model = Mixed(lambda x, labels, model: x + model.table(labels + 0))
-    decode(compiled(model), model, random_ids(2, 5), 8, torch.clone)
+    decode(compiled(model), model, random_ids(2, 9), 8, torch.clone)
     assert runs.plain == 1
 
 
 def test_flags_and_numbers_are_part_of_what_is_decoded(runs: Runs):
     model = Mixed(lambda x, flag, model: x * 2 if flag else x)
-    fast, ids = compiled(model), random_ids(2, 5)
+    fast, ids = compiled(model), random_ids(2, 9)
     for flag in (True, False, None):
         decode(fast, model, ids, 5, lambda _, flag=flag: flag)
-    assert runs.plain == 3, "one call of each: Dynamo makes a graph for each"
+    assert runs.plain == 2, "one call with the flag, one without"
     model = Mixed(lambda x, number, model: x * number)
     fast = compiled(model)
     runs.plain = 0
@@ -171,7 +171,7 @@ def test_flags_and_numbers_are_part_of_what_is_decoded(runs: Runs):
 
 def test_numbers_that_differ_in_sign_only():
     model = Mixed(lambda x, number, model: x * torch.where(1 / torch.full_like(x, number) > 0, 2, 3))
-    fast, ids = compiled(model), random_ids(2, 5)
+    fast, ids = compiled(model), random_ids(2, 9)
     for number in (0.0, -0.0):
         decode(fast, model, ids, 6, lambda _, number=number: number)
 
@@ -188,7 +188,7 @@ def test_the_sequence_is_found_wherever_it_is_passed(runs: Runs):
             return self.inner(input_ids, attention_mask)
 
     model = Late()
-    fast, ids = compiled(model), torch.ones(2, 5, dtype=torch.int64)  # as like a mask as can be
+    fast, ids = compiled(model), torch.ones(2, 9, dtype=torch.int64)  # as like a mask as can be
     with torch.inference_mode():
         for _ in range(10):
             mask = torch.ones_like(ids)
@@ -201,7 +201,7 @@ def test_the_sequence_is_found_wherever_it_is_passed(runs: Runs):
 def test_embeddings_instead_of_ids(runs: Runs):
     model = Mixed(by_place)
     model.table = nn.Identity()
-    fast, x = compiled(model), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    fast, x = compiled(model), torch.randn(2, 9, WIDTH, dtype=torch.float64)
     with torch.inference_mode():
         for _ in range(10):
             places = torch.arange(x.shape[1]).expand(x.shape[:2])
@@ -222,7 +222,7 @@ def test_a_condition_belongs_to_its_sequence(batch: int, runs: Runs):
     model = Mixed(by_condition)
     fast = compiled(model)
     conditions = [torch.randn(batch, WIDTH, dtype=torch.float64) for _ in range(3)]
-    prompts = [random_ids(batch, 5)] * 3  # of equal ids: only the condition tells them apart
+    prompts = [random_ids(batch, 9)] * 3  # of equal ids: only the condition tells them apart
     for _ in range(2):
         for i, condition in enumerate(conditions):
             prompts[i] = decode(fast, model, prompts[i], 5, lambda _, condition=condition: condition)
@@ -232,7 +232,7 @@ def test_a_condition_belongs_to_its_sequence(batch: int, runs: Runs):
 def test_a_condition_edited_in_place(runs: Runs):
     model = Mixed(by_condition)
     fast, condition = compiled(model), torch.randn(2, WIDTH, dtype=torch.float64)
-    ids = decode(fast, model, random_ids(2, 5), 4, lambda _: condition)
+    ids = decode(fast, model, random_ids(2, 9), 4, lambda _: condition)
     condition[1, 2] += 1
     ids = decode(fast, model, ids, 4, lambda _: condition)
     condition[1, 2] -= 1
@@ -246,7 +246,7 @@ def test_a_condition_that_changes_at_every_call_warns(runs: Runs):
         decode(
             compiled(model),
             model,
-            random_ids(2, 5),
+            random_ids(2, 9),
             12,
             lambda ids: torch.full((2, WIDTH), float(len(ids[0]))),
         )
@@ -256,8 +256,9 @@ def test_a_condition_that_changes_at_every_call_warns(runs: Runs):
 
 def test_rows_with_conditions_of_their_own_are_not_exchanged():
     model = Mixed(by_condition)
-    fast, condition, ids = compiled(model), torch.randn(3, WIDTH, dtype=torch.float64), random_ids(3, 6)
-    with torch.inference_mode():
+    fast, condition, ids = compiled(model), torch.randn(3, WIDTH, dtype=torch.float64), random_ids(3, 9)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*none continues", category=FlashinfWarning)
         for _ in range(10):
             assert_like(fast(ids, condition), model(ids, condition))
             ids = extended(ids[torch.randint(0, 3, (3,))])
@@ -275,7 +276,7 @@ def test_a_padded_batch_runs_as_given_and_warns_once(runs: Runs):
         return mask
 
     with pytest.warns(FlashinfWarning, match=r"beside leaves out positions \(row 1 of 2\)") as found:
-        ids = decode(compiled(model), model, random_ids(2, 5), 6, padded)
+        ids = decode(compiled(model), model, random_ids(2, 9), 6, padded)
     assert len(found) == 1
     assert runs.plain == 6
     decode(compiled(model), model, ids, 4, torch.ones_like)
@@ -284,7 +285,7 @@ def test_a_padded_batch_runs_as_given_and_warns_once(runs: Runs):
 
 def test_a_mask_that_becomes_padded_and_whole_again(runs: Runs):
     model = Mixed(by_mask)
-    fast, ids = compiled(model), random_ids(2, 5)
+    fast, ids = compiled(model), random_ids(2, 9)
     ids = decode(fast, model, ids, 5, torch.ones_like)
 
     def odd(ids: Tensor) -> Tensor:
@@ -304,7 +305,7 @@ def test_a_mask_edited_in_place():
     fast, ids, buffer = compiled(model), random_ids(2, 40), torch.ones(2, 40)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FlashinfWarning)
-        for n in range(5, 40):
+        for n in range(9, 40):
             buffer.fill_(1)
             if n % 4 == 0:
                 buffer[1, n - 3] = 0
@@ -316,12 +317,12 @@ def test_positions_that_are_others_later(second: str):
     model = Mixed(by_place)
     others: dict[str, Callable[[Tensor], Tensor]] = {
         "other start": lambda ids: positions(ids) + 1,
-        "repeated": lambda ids: positions(ids).clamp(max=6),
+        "repeated": lambda ids: positions(ids).clamp(max=9),
         "one row later": lambda ids: positions(ids) + torch.arange(2).unsqueeze(1),
         "two steps": lambda ids: positions(ids) * 2,
     }
     fast = compiled(model)
-    ids = decode(fast, model, random_ids(2, 5), 5, positions)
+    ids = decode(fast, model, random_ids(2, 9), 5, positions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FlashinfWarning)
         ids = decode(fast, model, ids, 4, others[second])
@@ -331,7 +332,7 @@ def test_positions_that_are_others_later(second: str):
 def test_labels_that_are_other_ids_later():
     model = Mixed(lambda x, labels, model: x + model.table(labels + 0))
     fast = compiled(model)
-    ids = decode(fast, model, random_ids(2, 5), 5, torch.clone)
+    ids = decode(fast, model, random_ids(2, 9), 5, torch.clone)
 
     def shifted(ids: Tensor) -> Tensor:
         return torch.where(torch.arange(ids.shape[1]) == 2, (ids + 1) % VOCAB, ids)
@@ -343,7 +344,7 @@ def test_labels_that_are_other_ids_later():
 
 def test_an_argument_that_is_a_view_of_the_ids(runs: Runs):
     model = Mixed(lambda x, last, model: x * last.unsqueeze(-1))
-    fast, ids = compiled(model), random_ids(2, 5)
+    fast, ids = compiled(model), random_ids(2, 9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FlashinfWarning)
         decode(fast, model, ids, 6, lambda ids: ids[:, :1])
@@ -352,34 +353,38 @@ def test_an_argument_that_is_a_view_of_the_ids(runs: Runs):
 
 def test_beams_follow_with_a_mask(runs: Runs):
     model = Mixed(by_mask)
-    fast, ids = compiled(model), random_ids(3, 6)
+    fast, ids = compiled(model), random_ids(3, 9)
     with torch.inference_mode():
         for _ in range(10):
-            mask = torch.ones_like(ids)
-            assert_like(fast(ids, mask, positions(ids)), model(ids, mask, positions(ids)))
+            mask, times = torch.ones_like(ids), positions(ids) + 1
+            assert_like(fast(ids, mask, times), model(ids, mask, times))
             ids = extended(ids[torch.randint(0, 3, (3,))])
     assert runs.plain == 1
 
 
 def test_a_mask_the_forward_writes_to_is_refused(runs: Runs):
     def written(x: Tensor, mask: Tensor, model: Mixed) -> Tensor:
-        mask[:, 1:].mul_(2)
+        mask.view(-1)[1:].mul_(2)
         return x * mask.unsqueeze(-1)
 
     model = Mixed(written)
-    fast, ids = compiled(model), random_ids(2, 5)
-    with torch.inference_mode(), pytest.warns(FlashinfWarning, match="writes to its argument beside"):
+    fast, ids = compiled(model), random_ids(2, 9)
+
+    def decode_and_compare(ids: Tensor) -> None:
         for _ in range(4):
             one, other = torch.ones(ids.shape), torch.ones(ids.shape)
             assert_like(fast(ids, one), model(ids, other))
             assert torch.equal(one, other)
             ids = extended(ids)
+
+    with torch.inference_mode(), pytest.warns(FlashinfWarning, match="writes to its argument beside"):
+        decode_and_compare(ids)
     assert runs.plain == 4
 
 
 def test_several_at_once(runs: Runs):
     model = Mixed(by_place)
-    fast, ids = compiled(model), random_ids(2, 5)
+    fast, ids = compiled(model), random_ids(2, 9)
     with torch.inference_mode():
         for _ in range(8):
             found = fast(ids, beside=positions(ids), more=torch.ones(ids.shape))
@@ -440,17 +445,3 @@ def test_a_mask_that_is_not_quite_causal_has_no_description():
 def test_sizes_that_follow_something_else_have_no_description():
     assert described(torch.ones(2, 5), "batch", None) is None
     assert described(torch.ones(4, 7), "length", "own") is None
-
-
-def test_writes_are_seen_through_views():
-    def writes(x: Tensor, y: Tensor) -> Tensor:
-        y.view(-1)[1:].add_(1)
-        return x + y
-
-    def reads(x: Tensor, y: Tensor) -> Tensor:
-        return (x + y).mul_(2)
-
-    x, y = torch.ones(2, 3), torch.ones(2, 3)
-    assert writes_to(writes, [x, y], [0, 1]) == 1
-    assert writes_to(reads, [x, y], [0, 1]) is None
-    assert torch.equal(y, torch.ones(2, 3))
