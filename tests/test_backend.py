@@ -458,7 +458,7 @@ def test_doors_are_not_saved_or_copied(tmp_path):
     with torch.inference_mode():
         fast(ids)
         fast(extended(ids))
-    assert len(doors_of(list(model.parameters()))) == 1
+    assert sum(len(getattr(p, "_flashinf_doors", ())) for p in model.parameters()) == 1
     torch.save(dict(model.named_parameters()), tmp_path / "weights.pt")
     loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert not any(getattr(p, "_flashinf_doors", None) for p in loaded.values())
