@@ -27,7 +27,7 @@ from .doors import (
     note_report,
     refused_text,
 )
-from .dynamo import Roles, graph_refusal, graph_text, read_roles
+from .dynamo import Roles, Static, graph_refusal, graph_text, read_roles
 from .errors import InputError, Refusal
 from .inputs import Description, describe, exact, undescribed
 from .options import Options, read_options
@@ -63,9 +63,11 @@ def flashinf(
     roles = _roles(gm, example_inputs)
     if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs):
         return _Training(lookup_backend(chosen.fallback)(gm, list(example_inputs)), roles)
-    plain = _Plain(gm, chosen, mode, dynamic=roles is not None)
+    plain = _Plain(gm, chosen, mode, dynamic=isinstance(roles, (Roles, Refusal)))
     if isinstance(roles, Refusal):
         return _refused(roles, plain)
+    if isinstance(roles, Static):
+        return _static(roles, plain)
     return _Artifact(gm, roles, chosen, plain) if isinstance(roles, Roles) else plain
 
 
@@ -92,7 +94,19 @@ def _refused(refusal: Refusal, plain: _Plain) -> Callable[..., Any]:
     return run
 
 
-def _roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Refusal | None:
+def _static(static: Static, plain: _Plain) -> Callable[..., Any]:
+    """A graph for one length; many of them in a row are a loop that compiles at every step."""
+
+    def run(*args: Any) -> Any:
+        weights = [args[place] for place in static.weights]
+        if weights:
+            doors_of(weights).note_static(args[static.sequence].shape[1])
+        return plain(*args)
+
+    return run
+
+
+def _roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Static | Refusal | None:
     try:
         roles = read_roles(gm, example_inputs)
         if not isinstance(roles, Roles):
@@ -182,7 +196,7 @@ class _Artifact:
 class _Training:
     """A graph run with gradients: the fallback, and one warning where it looks like a decoding loop."""
 
-    def __init__(self, run: Callable[..., Any], roles: Roles | Refusal | None) -> None:
+    def __init__(self, run: Callable[..., Any], roles: Roles | Static | Refusal | None) -> None:
         self._run = run
         self._sequence = roles.sequence if isinstance(roles, Roles) else None
         self._seen: Tensor | None = None

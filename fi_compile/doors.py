@@ -28,7 +28,7 @@ from .growing import Growing
 from .inputs import Description, Fixed, same_bits
 from .options import Options
 from .report import Report
-from .sessions import Match, MemoryLimit, Session, clock, quiet_mode, tracing
+from .sessions import Match, MemoryLimit, Session, clock, holds, quiet_mode, release, tracing
 from .weights import WeightWatch, checksum
 
 _MOST_SESSIONS = 8
@@ -37,7 +37,7 @@ _CHEAP_LOSS = 8  # positions a session may lose without being forked first
 _PATIENCE = 0.05  # seconds to wait for another thread that is matching
 _MISSES = 4
 
-_creating = threading.Lock()
+_creating = threading.RLock()
 
 
 class Door:
@@ -59,7 +59,7 @@ class Door:
         self.module = nn.Module()
         self.refusals: tuple[Refusal, ...] = ()
         self.sessions: list[Session] = []
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # knows its owner, so that an interrupt cannot leave it held
         self._last_length, self._misses = -1, 0
         self._versions: list[int] = []
         try:
@@ -156,6 +156,14 @@ class Door:
         """The graph's outputs for ``sequence``: from a session it continues, else ``plain()``."""
         if self.refusals:
             return plain()
+        try:
+            return self._call(sequence, plain)
+        finally:  # an interrupt may strike between taking a lock and what would release it
+            for session in list(self.sessions):
+                release(session.lock)
+            release(self.lock)
+
+    def _call(self, sequence: Tensor, plain: Callable[[], Any]) -> Any:
         trouble: Exception | None = None
         with quiet_mode():
             claimed = self._claim(sequence)
@@ -284,12 +292,22 @@ class Doors(OrderedDict[DoorKey, Door]):
         self._warned: set[str] = set()
         self._made = self._passed = 0
         self._awaited: Any = None
+        self._static: set[int] = set()
 
     def warn_once(self, text: str, key: str | None = None) -> None:
         """Warn, the first time for this text (or ``key``) and these weights."""
         if (key or text) not in self._warned:
             self._warned.add(key or text)
             warnings.warn(text, FlashinfWarning, stacklevel=3)
+
+    def note_static(self, length: int) -> None:
+        """A graph for this length alone was run; warn where each length of a growing sequence has its own."""
+        self._static.add(length)
+        if all(length - i in self._static for i in range(_MISSES)):
+            self.warn_once(
+                "each length of a growing sequence is compiled by itself, and runs as given: "
+                "use torch.compile(..., dynamic=True)"
+            )
 
     def is_passing(self, key: DoorKey) -> bool:
         """Whether a new key may never come back; then only one that comes twice running is analysed.
@@ -333,14 +351,16 @@ def find_door(doors: Doors, key: DoorKey, make: Callable[[], Door]) -> Door | No
     """The door for ``key``, made where it is new; None while another thread makes one, or for a passing key."""
     door = doors.get(key)
     if door is None or door.may_retry:
-        if doors.is_passing(key) or not _creating.acquire(blocking=False):
+        if doors.is_passing(key) or holds(_creating):
             return None
         try:
+            if not _creating.acquire(blocking=False):
+                return None
             door = doors[key] = make()
             while len(doors) > _MOST_DOORS:
                 doors.popitem(last=False)
         finally:
-            _creating.release()
+            release(_creating)
         note_report(door.report, door)
         if door.refusals:
             doors.warn_once(refused_text(door.refusals))

@@ -91,8 +91,18 @@ class Roles:
         return [form for form in self.outputs if isinstance(form, Form) and form.dtype is not None]
 
 
-def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Refusal | None:
-    """Tell a graph's arguments apart: None without a symbolic sequence length, a refusal where it is unclear.
+@dataclass(frozen=True)
+class Static:
+    """A graph for one length only: the places of what may be its sequence, and of its weights."""
+
+    sequence: int
+    weights: tuple[int, ...]
+
+
+def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Static | Refusal | None:
+    """Tell a graph's arguments apart; :class:`Static` without a symbolic length, a refusal where it is unclear.
+
+    None where nothing is a sequence, or its length cannot be told from its batch.
 
     ``example_inputs``: what Dynamo gave the backend, one value per placeholder.
     """
@@ -112,7 +122,8 @@ def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Ref
     names = {place: _source_name(placeholders[place]) for place in tensors}
     found = _find_sequence(tensors, names, example_inputs)
     if found is None:
-        return None
+        static = [place for place, t in tensors.items() if t.dim() in (2, 3)]
+        return Static(static[0], tuple(weights)) if static else None
     shape, strides = tensors[found].shape, tensors[found].stride()
     batch, length = as_expr(shape[0]), as_expr(shape[1])
     if batch == length or not isinstance(length, sympy.Symbol):
@@ -374,4 +385,13 @@ def _drops(node: fx.Node) -> bool:
     return bool(training) and not (isinstance(probability, float) and probability == 0)
 
 
-__all__ = ["Form", "Roles", "SequenceModule", "flat_outputs", "graph_refusal", "read_roles", "wrap_graph"]
+__all__ = [
+    "Form",
+    "Roles",
+    "SequenceModule",
+    "Static",
+    "flat_outputs",
+    "graph_refusal",
+    "read_roles",
+    "wrap_graph",
+]

@@ -126,7 +126,8 @@ class Engine:
             rows = self.analysis.axes[node].rows
             consistent = node in self.analysis.consistent or not rows
             if not consistent:
-                raise Unsupported(explain_inconsistency(self.analysis), *self.proof.refusals)
+                drawn = [r for r in self.proof.refusals if r.kind == "random"]  # looks like anything else
+                raise Unsupported(*(drawn or [explain_inconsistency(self.analysis), *self.proof.refusals]))
             if self._is_certified(node):
                 continue
             unproved = Refusal(

@@ -52,7 +52,7 @@ class Session:
 
     def __init__(self, door: Door, prompt: Tensor) -> None:
         self.door = door
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.used = next(clock)
         self.decoder: Decoder | None = None
         self.outputs: list[Growing | None] = []
@@ -234,6 +234,17 @@ def _with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
     return value if value.stride() == strides else laid_out(value, strides)
 
 
+def holds(lock: Any) -> bool:
+    """Whether this thread holds a re-entrant lock."""
+    return lock._is_owned()
+
+
+def release(lock: Any) -> None:
+    """Give up a re-entrant lock as often as this thread holds it."""
+    while holds(lock):
+        lock.release()
+
+
 class MemoryLimit(FlashinfError):
     """A session would hold more than the option ``memory_limit`` allows."""
 
@@ -251,9 +262,10 @@ def make_room(session: Session, needed: int) -> None:
     for other in sorted(others, key=lambda s: s.used):
         if held + needed <= limit:
             break
-        if not other.lock.locked():
+        if other.lock.acquire(blocking=False):
             other.door.drop(other)
             held -= other.nbytes
+            other.lock.release()
 
 
 def state_bytes() -> int:

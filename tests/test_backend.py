@@ -15,7 +15,7 @@ import fi_compile
 from corpus import SPELLINGS, TRAPS, LanguageModel, scale_weights
 from corpus.models import register_output
 from fi_compile import sessions
-from fi_compile.doors import FlashinfWarning, doors_of
+from fi_compile.doors import FlashinfWarning
 from fi_compile.lane import Lane
 
 VOCAB = 11

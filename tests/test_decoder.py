@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fi_compile
 from corpus import LAST_ONLY, FeatureModel, Output, scale_weights
 from corpus.models import register_output
-from decoding import decoded, decoder, features, gap, ids, lanes, language_model, module, stacked
+from decoding import VOCAB, decoded, decoder, features, gap, ids, lanes, language_model, module, stacked
 from fi_compile.mixers.stack import FilterBank
 from fi_compile.mixers.window import SLACK
 from fi_compile.schedule import Schedule
