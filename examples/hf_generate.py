@@ -6,7 +6,9 @@ the session of its prefix, for greedy search, sampling and beams alike. Needs th
 """
 
 import argparse
+import sys
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,14 +80,14 @@ class LongConvForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutput(loss=loss, logits=logits, hidden_states=hidden)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--new-tokens", type=int, default=100)
     parser.add_argument("--prompt", type=int, default=100, help="tokens of the prompt")
     parser.add_argument("--step", choices=("inductor", "eager"), default="inductor")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     torch.manual_seed(0)
     model = LongConvForCausalLM(LongConvConfig()).eval()
@@ -96,7 +98,8 @@ def main() -> None:
     def generate(way: str) -> tuple[Tensor, float]:
         torch.manual_seed(1)
         start = time.perf_counter()
-        ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings, **ways[way])
+        mask = torch.ones_like(prompt)
+        ids = model.generate(prompt, attention_mask=mask, **settings, **ways[way])  # type: ignore[misc]
         return ids, time.perf_counter() - start
 
     eager = {way: generate(way) for way in ways}
@@ -108,7 +111,8 @@ def main() -> None:
         ids, after = generate(way)
         assert torch.equal(ids, expected), way
         print(f"{way:10}: equal ids; {before:.2f} s eager, {after:.2f} s compiled")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,15 +23,12 @@ from .doors import (
     FlashinfWarning,
     doors_of,
     find_door,
-    last_report,
-    note_report,
-    refused_text,
 )
 from .dynamo import Roles, Static, graph_refusal, graph_text, read_roles
 from .errors import InputError, Refusal
 from .inputs import Description, describe, exact, undescribed
 from .options import Options, read_options
-from .report import Report
+from .report import Report, last_report, note_report, refused_text
 from .sessions import common_prefix
 
 _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from .errors import CapacityError, FlashinfError, FlashinfWarning, InputError, R
 from .growing import Growing
 from .inputs import Description, Fixed, same_bits
 from .options import Options
-from .report import Report
+from .report import Report, note_report, refused_text
 from .sessions import Match, MemoryLimit, Session, clock, holds, quiet_mode, release, tracing
 from .weights import WeightWatch, checksum
 
@@ -374,29 +373,3 @@ def fork_rng(device: torch.device) -> Iterator[None]:
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
         yield
-
-
-# -- the newest report -------------------------------------------------------------------------------------
-
-_newest: tuple[Report | None, weakref.ref[Door] | None] = (None, None)
-
-
-def last_report() -> Report | None:
-    """The report of the newest ``torch.compile(..., backend="flashinf")``, or None.
-
-    Its snapshots can be run as long as the model lives.
-    """
-    report, door = _newest[0], _newest[1]() if _newest[1] is not None else None
-    return door.report if door is not None else report
-
-
-def note_report(report: Report, door: Door | None = None) -> None:
-    """Make this the newest report; the global keeps its text, not the weights its snapshots hold."""
-    global _newest
-    _newest = report.detached(), None if door is None else weakref.ref(door)
-
-
-def refused_text(refusals: Sequence[Refusal]) -> str:
-    """What a warning says about refusals."""
-    reasons = "\n".join(str(refusal) for refusal in refusals)
-    return f"flashinf runs this model as given, every position each time, because\n{reasons}"

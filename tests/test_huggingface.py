@@ -61,7 +61,9 @@ def attention_model(name: str) -> Any:
         "eos_token_id": 0,
     }
     if name == "GPT2LMHeadModel":
-        config = transformers.GPT2Config(VOCAB, 64, 8, 1, 2, bos_token_id=1, eos_token_id=0)
+        config = transformers.GPT2Config(
+            vocab_size=VOCAB, n_positions=64, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=0
+        )
     elif name == "GPTNeoXForCausalLM":
         config = transformers.GPTNeoXConfig(**sizes)
     elif name == "MistralForCausalLM":
@@ -121,7 +123,7 @@ def test_a_mask_of_ones_that_generate_passes_on(lengths: list[int], monkeypatch:
     model, prompt = long_conv(), prompt_of()
     expected = generated(model, prompt)
 
-    def inputs(input_ids: Tensor, **_: Any) -> dict[str, Tensor]:
+    def inputs(input_ids: Tensor, attention_mask: Any = None, **_: Any) -> dict[str, Tensor]:
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     monkeypatch.setattr(model, "prepare_inputs_for_generation", inputs)
@@ -148,7 +150,6 @@ def test_arguments_of_a_forward(lengths: list[int]):
         {"labels": None, "use_cache": False, "return_dict": True},
         {"output_hidden_states": True},
         {"logits_to_keep": 1},
-        {"logits_to_keep": 3},
     ]
     for given in arguments:
         ids, lengths[:] = prompt_of(), []
@@ -161,6 +162,15 @@ def test_arguments_of_a_forward(lengths: list[int]):
                 torch.testing.assert_close(found.to_tuple(), expected.to_tuple(), rtol=1e-10, atol=1e-10)
                 ids = torch.cat([ids, found.logits[:, -1:].argmax(-1)], 1)
         assert len(lengths) <= 2, given
+
+
+def test_several_of_the_last_positions_run_as_given():
+    model, ids = long_conv(), prompt_of()
+    fast = torch.compile(model, backend="flashinf", dynamic=True, options=OPTIONS)
+    with torch.inference_mode(), pytest.warns(FlashinfWarning, match="shifted by"):
+        torch.testing.assert_close(
+            fast(ids, logits_to_keep=3).logits, model(ids, logits_to_keep=3).logits, rtol=1e-10, atol=1e-10
+        )
 
 
 def test_a_loss_is_the_models():
@@ -207,3 +217,8 @@ def test_a_decoder_gives_the_models_own_output_type():
     torch.testing.assert_close(stepped.logits, expected.logits[:, -2])
     torch.testing.assert_close(extended.logits, expected.logits[:, -1:])
     assert fi_compile.explain(model, ids, options={"step": "eager"}).verdict == "proved"
+
+
+@pytest.mark.slow
+def test_the_example_runs():
+    assert hf_generate.main(["--new-tokens", "12", "--prompt", "20", "--step", "eager"]) == 0

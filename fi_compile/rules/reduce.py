@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from torch import fx
 
-from fi_compile.facts import Deny, Dim, Fact, constant, filled, fixed, is_number, least, same, settle
+from fi_compile.facts import Deny, Dim, Fact, constant, filled, fixed, is_number, least, settle
 
 from .affine import aligned
 from .call import Call, Result, is_one, mixed, need_fixed, one, rule
@@ -235,7 +235,7 @@ def difference(c: Call) -> Fact:
     others = [i for i in range(len(fact.dims)) if i != dim]
     continues = (
         is_one(before.dims[dim])
-        and same(whole.offset, np.subtract(form.offset, step))
+        and bool(np.all(np.equal(whole.offset, np.subtract(form.offset, step))))
         and all(whole.coefficients[i] == form.coefficients[i] for i in others)
     )
     if not continues:
