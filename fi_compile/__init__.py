@@ -1,11 +1,11 @@
 """flashinf: exact quasi-linear autoregressive inference through torch.compile."""
 
 from .decoder import Decoder, decoder
-from .doors import FlashinfWarning, last_report
 from .errors import (
     CapacityError,
     DecoderBroken,
     FlashinfError,
+    FlashinfWarning,
     InputError,
     Refusal,
     Unsupported,
@@ -14,7 +14,7 @@ from .errors import (
 from .explain import explain
 from .generate import generate
 from .options import Options
-from .report import Report
+from .report import Report, last_report
 
 __version__ = "0.1.0"
 

@@ -18,18 +18,17 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from .doors import (
     Door,
+    DoorKey,
     Doors,
     FlashinfWarning,
     doors_of,
     find_door,
-    last_report,
-    note_report,
-    refused_text,
 )
-from .dynamo import Roles, graph_refusal, graph_text, read_roles
+from .dynamo import Roles, Static, graph_refusal, graph_text, read_roles
 from .errors import InputError, Refusal
+from .inputs import Description, describe, exact, undescribed
 from .options import Options, read_options
-from .report import Report
+from .report import Report, last_report, note_report, refused_text
 from .sessions import common_prefix
 
 _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -61,9 +60,11 @@ def flashinf(
     roles = _roles(gm, example_inputs)
     if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs):
         return _Training(lookup_backend(chosen.fallback)(gm, list(example_inputs)), roles)
-    plain = _Plain(gm, chosen, mode, dynamic=roles is not None)
+    plain = _Plain(gm, chosen, mode, dynamic=isinstance(roles, (Roles, Refusal)))
     if isinstance(roles, Refusal):
         return _refused(roles, plain)
+    if isinstance(roles, Static):
+        return _static(roles, plain)
     return _Artifact(gm, roles, chosen, plain) if isinstance(roles, Roles) else plain
 
 
@@ -90,7 +91,19 @@ def _refused(refusal: Refusal, plain: _Plain) -> Callable[..., Any]:
     return run
 
 
-def _roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Refusal | None:
+def _static(static: Static, plain: _Plain) -> Callable[..., Any]:
+    """A graph for one length; many of them in a row are a loop that compiles at every step."""
+
+    def run(*args: Any) -> Any:
+        weights = [args[place] for place in static.weights]
+        if weights:
+            doors_of(weights).note_static(args[static.sequence].shape[1])
+        return plain(*args)
+
+    return run
+
+
+def _roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Static | Refusal | None:
     try:
         roles = read_roles(gm, example_inputs)
         if not isinstance(roles, Roles):
@@ -141,35 +154,46 @@ class _Artifact:
         self._own_doors = Doors()  # of a graph that reads no weights
 
     def __call__(self, *args: Any) -> Any:
-        door = self._door(args)
-        if door is None:
+        roles = self._roles
+        weights = [args[place] for place, _ in roles.weights]
+        doors = doors_of(weights) if weights else self._own_doors
+        sequence, beside = args[roles.sequence], []
+        for extra in roles.extras:
+            found = describe(args[extra.place], sequence, extra)
+            if found is None:
+                text = undescribed(extra, args[extra.place], sequence)
+                doors.warn_once(f"a call runs as given, every position of it, because {text}", extra.name)
+                return self._plain(*args)
+            beside.append(found)
+        key = DoorKey(self._on(weights, sequence), self._values(args, beside))
+        door = find_door(doors, key, lambda: Door(doors, self._gm, roles, args, beside, self._options))
+        if door is None or not door.holds(args, beside):
             return self._plain(*args)
         if door.refusals:
             self._plain.patience = _EAGER_CALLS
-        return door.call(args[self._roles.sequence], lambda: self._plain(*args))
+        return door.call(sequence, lambda: self._plain(*args))
 
-    def _door(self, args: Sequence[Any]) -> Door | None:
-        roles = self._roles
-        weights = [args[place] for place, _ in roles.weights]
-        sequence = args[roles.sequence]
-        key = (
+    def _on(self, weights: Sequence[Tensor], sequence: Tensor) -> tuple[Any, ...]:
+        return (
             self._text,
-            roles.outputs,
+            self._roles.outputs,
             self._options,
-            *(args[place].item() for place in roles.numbers),
             *((id(w), w.data_ptr(), w.dtype) for w in weights),
             sequence.dtype,
             sequence.device,
             sequence.shape[2:],
         )
-        doors = doors_of(weights) if weights else self._own_doors
-        return find_door(doors, key, lambda: Door(doors, self._gm, roles, args, self._options))
+
+    def _values(self, args: Sequence[Any], beside: Sequence[Description]) -> tuple[Any, ...]:
+        numbers = (exact(args[place].item()) for place in self._roles.numbers)
+        integers = (exact(args[place]) for place in self._roles.integers)
+        return *numbers, *integers, *beside
 
 
 class _Training:
     """A graph run with gradients: the fallback, and one warning where it looks like a decoding loop."""
 
-    def __init__(self, run: Callable[..., Any], roles: Roles | Refusal | None) -> None:
+    def __init__(self, run: Callable[..., Any], roles: Roles | Static | Refusal | None) -> None:
         self._run = run
         self._sequence = roles.sequence if isinstance(roles, Roles) else None
         self._seen: Tensor | None = None

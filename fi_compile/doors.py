@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,10 @@ from .dynamo import Roles, wrap_graph
 from .engine import Engine
 from .errors import CapacityError, FlashinfError, FlashinfWarning, InputError, Refusal, Unsupported
 from .growing import Growing
+from .inputs import Description, Fixed, same_bits
 from .options import Options
-from .report import Report
-from .sessions import Match, MemoryLimit, Session, clock, quiet_mode, same_bits, tracing
+from .report import Report, note_report, refused_text
+from .sessions import Match, MemoryLimit, Session, clock, holds, quiet_mode, release, tracing
 from .weights import WeightWatch, checksum
 
 _MOST_SESSIONS = 8
@@ -35,7 +36,7 @@ _CHEAP_LOSS = 8  # positions a session may lose without being forked first
 _PATIENCE = 0.05  # seconds to wait for another thread that is matching
 _MISSES = 4
 
-_creating = threading.Lock()
+_creating = threading.RLock()
 
 
 class Door:
@@ -45,26 +46,49 @@ class Door:
     """
 
     def __init__(
-        self, doors: Doors, gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any], options: Options
+        self,
+        doors: Doors,
+        gm: fx.GraphModule,
+        roles: Roles,
+        arguments: Sequence[Any],
+        beside: Sequence[Description],
+        options: Options,
     ) -> None:
-        self.doors, self.roles, self.options = doors, roles, options
+        self.doors, self.roles, self.options = doors, roles.bound(arguments), options
         self.module = nn.Module()
         self.refusals: tuple[Refusal, ...] = ()
         self.sessions: list[Session] = []
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # knows its owner, so that an interrupt cannot leave it held
         self._last_length, self._misses = -1, 0
         self._versions: list[int] = []
         try:
-            self.module = wrap_graph(gm, roles, arguments)
+            self.module = module = wrap_graph(gm, self.roles, arguments, beside)
             self._versions = self._weight_versions()
             with quiet_mode(), tracing(), fork_rng(arguments[roles.sequence].device):
                 example = arguments[roles.sequence].nan_to_num(0, 0, 0)  # its values must not matter
+                written = module.written(example)
+                if written is not None:  # which an answer from a session would leave out
+                    raise Unsupported(
+                        Refusal(
+                            "mutation",
+                            f"the forward writes to its argument {written}",
+                            hint="write to a copy: argument.clone()",
+                        )
+                    )
                 self.engine: Engine = build_engine(self.module, example, options)
                 self.report: Report = self.engine.report
                 self._watch = WeightWatch(self.engine.program, self.module)
                 self._read_outputs()
         except Exception as error:
             self.refuse(error)
+
+    def holds(self, arguments: Sequence[Any], beside: Sequence[Description]) -> bool:
+        """Whether the tensors that were taken as they are, beside the sequence, are those of a call."""
+        return all(
+            same_bits(getattr(self.module, f"_beside_{i}"), arguments[extra.place])
+            for i, (extra, found) in enumerate(zip(self.roles.extras, beside, strict=True))
+            if isinstance(found, Fixed) and not self.refusals
+        )
 
     def _read_outputs(self) -> None:
         plan = self.engine.plan
@@ -131,6 +155,14 @@ class Door:
         """The graph's outputs for ``sequence``: from a session it continues, else ``plain()``."""
         if self.refusals:
             return plain()
+        try:
+            return self._call(sequence, plain)
+        finally:  # an interrupt may strike between taking a lock and what would release it
+            for session in list(self.sessions):
+                release(session.lock)
+            release(self.lock)
+
+    def _call(self, sequence: Tensor, plain: Callable[[], Any]) -> Any:
         trouble: Exception | None = None
         with quiet_mode():
             claimed = self._claim(sequence)
@@ -243,14 +275,23 @@ class Door:
 _ATTRIBUTE = "_flashinf_doors"
 
 
-class Doors(OrderedDict[Any, Door]):
+@dataclass(frozen=True)
+class DoorKey:
+    """What a door answers: a graph on certain weights, and the values passed beside the sequence."""
+
+    graph: tuple[Any, ...]
+    values: tuple[Any, ...] = ()
+
+
+class Doors(OrderedDict[DoorKey, Door]):
     """The doors of one weight, an attribute of it: freed when it is, and not saved with it."""
 
     def __init__(self) -> None:
         super().__init__()
         self._warned: set[str] = set()
-        self._made = 0
+        self._made = self._passed = 0
         self._awaited: Any = None
+        self._static: set[int] = set()
 
     def warn_once(self, text: str, key: str | None = None) -> None:
         """Warn, the first time for this text (or ``key``) and these weights."""
@@ -258,12 +299,32 @@ class Doors(OrderedDict[Any, Door]):
             self._warned.add(key or text)
             warnings.warn(text, FlashinfWarning, stacklevel=3)
 
-    def is_passing(self, key: Any) -> bool:
-        """Whether a new key may never come back: after many, only one that comes twice running is analysed."""
+    def note_static(self, length: int) -> None:
+        """A graph for this length alone was run; warn where each length of a growing sequence has its own."""
+        self._static.add(length)
+        if all(length - i in self._static for i in range(_MISSES)):
+            self.warn_once(
+                "each length of a growing sequence is compiled by itself, and runs as given: "
+                "use torch.compile(..., dynamic=True)"
+            )
+
+    def is_passing(self, key: DoorKey) -> bool:
+        """Whether a new key may never come back; then only one that comes twice running is analysed.
+
+        So it is with other values beside the sequence than those of a door there is, and after many keys.
+        """
         again, self._awaited = self._awaited == key, key
-        if self._made >= _MOST_DOORS and not again:
+        other_values = any(k.graph == key.graph and k.values != key.values for k in self)
+        if not again and (other_values or self._made >= _MOST_DOORS):
+            self._passed += other_values
+            if self._passed >= _MISSES:
+                self.warn_once(
+                    "what is passed beside the sequence changes from call to call: nothing is reused. "
+                    "Pass values that stay as they are while a sequence grows",
+                    "values",
+                )
             return True
-        self._made += 1
+        self._made, self._passed = self._made + 1, 0
         return False
 
     def __reduce__(self) -> Any:
@@ -285,18 +346,20 @@ def doors_of(weights: Sequence[Tensor]) -> Doors:
     return doors
 
 
-def find_door(doors: Doors, key: Any, make: Callable[[], Door]) -> Door | None:
+def find_door(doors: Doors, key: DoorKey, make: Callable[[], Door]) -> Door | None:
     """The door for ``key``, made where it is new; None while another thread makes one, or for a passing key."""
     door = doors.get(key)
     if door is None or door.may_retry:
-        if doors.is_passing(key) or not _creating.acquire(blocking=False):
+        if doors.is_passing(key) or holds(_creating):
             return None
         try:
+            if not _creating.acquire(blocking=False):
+                return None
             door = doors[key] = make()
             while len(doors) > _MOST_DOORS:
                 doors.popitem(last=False)
         finally:
-            _creating.release()
+            release(_creating)
         note_report(door.report, door)
         if door.refusals:
             doors.warn_once(refused_text(door.refusals))
@@ -310,29 +373,3 @@ def fork_rng(device: torch.device) -> Iterator[None]:
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
         yield
-
-
-# -- the newest report -------------------------------------------------------------------------------------
-
-_newest: tuple[Report | None, weakref.ref[Door] | None] = (None, None)
-
-
-def last_report() -> Report | None:
-    """The report of the newest ``torch.compile(..., backend="flashinf")``, or None.
-
-    Its snapshots can be run as long as the model lives.
-    """
-    report, door = _newest[0], _newest[1]() if _newest[1] is not None else None
-    return door.report if door is not None else report
-
-
-def note_report(report: Report, door: Door | None = None) -> None:
-    """Make this the newest report; the global keeps its text, not the weights its snapshots hold."""
-    global _newest
-    _newest = report.detached(), None if door is None else weakref.ref(door)
-
-
-def refused_text(refusals: Sequence[Refusal]) -> str:
-    """What a warning says about refusals."""
-    reasons = "\n".join(str(refusal) for refusal in refusals)
-    return f"flashinf runs this model as given, every position each time, because\n{reasons}"

@@ -1,8 +1,9 @@
 """What a graph made by Dynamo means: which argument is the sequence, which are weights, sizes and numbers.
 
 Dynamo passes everything a model's forward touches as a flat list of arguments. :func:`read_roles` tells
-them apart, :func:`wrap_graph` puts the weights back into a module that reads only the sequence, so that
-both entrances of the compiler lead to one analysis.
+them apart, :func:`wrap_graph` puts the weights back, and what else the caller passes in as functions of the
+sequence (:mod:`fi_compile.inputs`), into a module that reads only the sequence, so that both entrances of the
+compiler lead to one analysis.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.traceback import preserve_node_meta
 
 from .errors import Refusal
+from .inputs import Counted, Description, Extra, Filled, Fixed, build, describe, sequence_rank
 from .program import as_expr, source_of
 from .symbolic import evaluate_at
 
 _PATH = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z]\w*)(?![\w(])")
-_ONE_INPUT = "pass one sequence, [B, s] or [B, s, D]; compute masks and positions inside the model"
+_ONE_INPUT = "pass one sequence, [B, s] or [B, s, D], and beside it tensors and numbers"
 
 
 # One pair of symbols for all graphs, so that the forms of two graphs can be compared.
@@ -50,6 +53,14 @@ class Form:
         """Bytes of an output of this form."""
         return math.prod(self.at(batch, length)[0]) * (self.dtype or torch.int64).itemsize
 
+    def bound(self, values: dict[Any, int]) -> Form:
+        """The form with symbols replaced by their values."""
+        shape, strides = (
+            tuple(e.xreplace(values) if isinstance(e, sympy.Basic) else e for e in sizes)
+            for sizes in (self.shape, self.strides)
+        )
+        return Form(self.dtype, shape, strides)
+
     @property
     def symbols(self) -> set[Any]:
         """The symbols the sizes and strides depend on."""
@@ -62,9 +73,17 @@ class Roles:
 
     sequence: int
     weights: tuple[tuple[int, str], ...]  # position, path in the user's model
-    numbers: tuple[int, ...]  # Python floats of the model, passed as tensors without dimensions
+    numbers: tuple[int, ...]  # Python floats, passed as tensors without dimensions
+    integers: tuple[int, ...]  # integers that are no size of the sequence
     sizes: tuple[tuple[int, str, int], ...]  # position, "size" or "stride", the sequence's axis
+    extras: tuple[Extra, ...]  # tensors the caller passes beside the sequence
     outputs: tuple[Any, ...]
+
+    def bound(self, arguments: Sequence[Any]) -> Roles:
+        """The roles with the integers of one call's ``arguments`` put into the outputs' forms."""
+        values = {_integer(i): arguments[place] for i, place in enumerate(self.integers)}
+        outputs = tuple(form.bound(values) if isinstance(form, Form) else form for form in self.outputs)
+        return replace(self, outputs=outputs)
 
     @property
     def tensors(self) -> list[Form]:
@@ -72,60 +91,99 @@ class Roles:
         return [form for form in self.outputs if isinstance(form, Form) and form.dtype is not None]
 
 
-def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Refusal | None:
-    """Tell a graph's arguments apart: None without a symbolic sequence length, a refusal where it is unclear.
+@dataclass(frozen=True)
+class Static:
+    """A graph for one length only: the places of what may be its sequence, and of its weights."""
+
+    sequence: int
+    weights: tuple[int, ...]
+
+
+def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Static | Refusal | None:
+    """Tell a graph's arguments apart; :class:`Static` without a symbolic length, a refusal where it is unclear.
+
+    None where nothing is a sequence, or its length cannot be told from its batch.
 
     ``example_inputs``: what Dynamo gave the backend, one value per placeholder.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    tensors, weights, numbers = {}, [], []
+    tensors, weights, numbers, integers = {}, [], [], {}
     for place, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
-        if not isinstance(value, Tensor):
-            continue
-        if getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False):
-            if not _in_model(node, value):
-                return _unsupported_input(node, "a number")
+        if isinstance(value, (int, float, torch.SymInt)):
+            integers[place] = as_expr(value)
+        elif not isinstance(value, Tensor):
+            return _unsupported_input(node, f"a {type(value).__name__}")
+        elif getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False):
             numbers.append(place)
         elif _in_model(node, value):
             weights.append(place)
         else:
             tensors[place] = node.meta["example_value"]  # a fake tensor, with symbolic sizes
-    dynamic = [p for p, t in tensors.items() if t.dim() >= 2 and isinstance(t.shape[1], torch.SymInt)]
-    if not dynamic:
-        return None
-    if len(tensors) > 1:
-        names = ", ".join(_source_name(placeholders[p]) for p in tensors)
-        return Refusal(
-            "inputs",
-            f"the function reads {len(tensors)} tensors that are not weights ({names}), not one",
-            hint=f"{_ONE_INPUT}; a graph break, too, cuts a model into pieces with several inputs",
-        )
-    (sequence,) = dynamic
-    shape = tensors[sequence].shape
+    names = {place: _source_name(placeholders[place]) for place in tensors}
+    found = _find_sequence(tensors, names, example_inputs)
+    if found is None:
+        static = [place for place, t in tensors.items() if t.dim() in (2, 3)]
+        return Static(static[0], tuple(weights)) if static else None
+    shape, strides = tensors[found].shape, tensors[found].stride()
     batch, length = as_expr(shape[0]), as_expr(shape[1])
     if batch == length or not isinstance(length, sympy.Symbol):
         return None
-    strides = tensors[sequence].stride()
-    measures = {("size", axis): as_expr(n) for axis, n in enumerate(shape)}
-    measures |= {("stride", axis): as_expr(n) for axis, n in enumerate(strides)}
+    known = [("size", 0), ("size", 1), *(("stride", axis) for axis in range(len(shape)))]
+    measures = {key: as_expr((shape if key[0] == "size" else strides)[key[1]]) for key in known}
     sizes = []
-    for place, value in enumerate(example_inputs):
-        if isinstance(value, torch.SymInt):
-            known = [("size", 0), ("size", 1), *(("stride", axis) for axis in range(len(shape)))]
-            found = [(what, axis) for what, axis in known if as_expr(value) == measures[what, axis]]
-            if not found:
-                return _unsupported_input(placeholders[place], "a size or number that varies")
-            sizes.append((place, *found[0]))
-        elif not isinstance(value, Tensor):
-            return _unsupported_input(placeholders[place], f"a {type(value).__name__}")
+    for place, expr in list(integers.items()):
+        key = next((k for k, e in measures.items() if e == expr and _moves(expr)), None)
+        if key is not None:
+            sizes.append((place, *key))
+            del integers[place]
+    extras = tuple(
+        Extra(place, names[place], tuple(_axis(n, batch, length) for n in value.shape), value.dtype)
+        for place, value in tensors.items()
+        if place != found
+    )
     paths = _paths([placeholders[p] for p in weights])
-    symbols = {length: LENGTH} | ({batch: BATCH} if isinstance(batch, sympy.Symbol) else {})
+    symbols = {expr: _integer(i) for i, expr in enumerate(integers.values()) if _moves(expr)}
+    symbols |= {length: LENGTH} | ({batch: BATCH} if isinstance(batch, sympy.Symbol) else {})
     outputs = tuple(_form(node, symbols) for node in flat_outputs(gm))
     for form in outputs:
-        if isinstance(form, Form) and not form.symbols <= {BATCH, LENGTH}:
-            return _unsupported_input(placeholders[sequence], "laid out in memory as its caller likes")
-    named = tuple(zip(weights, paths, strict=True))
-    return Roles(sequence, named, tuple(numbers), tuple(sizes), outputs)
+        if isinstance(form, Form) and not form.symbols <= set(symbols.values()):
+            return _unsupported_input(placeholders[found], "laid out in memory as its caller likes")
+    named = tuple(sorted(zip(weights, paths, strict=True), key=lambda both: both[1]))
+    return Roles(found, named, tuple(numbers), tuple(integers), tuple(sizes), extras, outputs)
+
+
+def _find_sequence(
+    tensors: dict[int, Tensor], names: dict[int, str], example_inputs: Sequence[Any]
+) -> int | None:
+    """The place of the sequence among the tensors a caller passes; None without a symbolic length."""
+
+    def rank(place: int) -> tuple[bool, ...]:
+        value = example_inputs[place]
+        form = Extra(place, names[place], ("batch", "length", *value.shape[2:]), value.dtype)
+        same = value  # what equals the sequence is no less likely to be it
+        described = not is_fake(value) and len(tensors) > 1 and describe(value, same, form)
+        return sequence_rank(names[place], value, isinstance(described, Counted | Filled))
+
+    dynamic = [p for p, t in tensors.items() if t.dim() >= 2 and isinstance(t.shape[1], torch.SymInt)]
+    return min(dynamic, key=rank, default=None)
+
+
+def _integer(i: int) -> sympy.Symbol:
+    return sympy.Symbol(f"integer{i}", integer=True)
+
+
+def _moves(expr: Any) -> bool:
+    return isinstance(expr, sympy.Basic) and bool(expr.free_symbols)
+
+
+def _axis(size: Any, batch: Any, length: Any) -> str | int | None:
+    """What an axis of a tensor beside the sequence follows; see :class:`Extra`."""
+    expr = as_expr(size)
+    if not _moves(expr):
+        return int(expr)
+    if expr in (batch, length):
+        return "batch" if expr == batch else "length"
+    return None if length in expr.free_symbols else "own"
 
 
 def flat_outputs(gm: fx.GraphModule) -> tuple[Any, ...]:
@@ -185,30 +243,30 @@ def _paths(nodes: Sequence[fx.Node]) -> list[str]:
 
 
 def graph_text(gm: fx.GraphModule, roles: Roles) -> str:
-    """The graph in words that do not depend on names, nor on arguments it does not use.
+    """The graph in words that do not depend on names, on the order of arguments, nor on arguments it does not use.
 
     Graphs of equal text compute the same function of the sequence and the weights at the same paths.
     """
     labels = {roles.sequence: "sequence", **dict(roles.weights)}
     labels |= {place: f"number {i}" for i, place in enumerate(roles.numbers)}
+    labels |= {place: f"integer {i}" for i, place in enumerate(roles.integers)}
+    labels |= {e.place: f"beside {i} {e.shape} {e.dtype}" for i, e in enumerate(roles.extras)}
     labels |= {place: f"{measure} {axis}" for place, measure, axis in roles.sizes}
-    numbers: dict[fx.Node, str] = {}
-    lines = []
-    placeholders = iter(range(len(labels)))
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    names = {node: f"<{labels[place]}>" for place, node in enumerate(placeholders)}
+    lines: list[str] = []
     for node in gm.graph.nodes:
-        what = f"{node.op} {node.target} {fx.map_arg((node.args, node.kwargs), lambda n: numbers[n])}"
         if node.op == "placeholder":
-            what = labels[next(placeholders)]
-            if not node.users:
-                continue
-        elif node.op == "get_attr":
+            continue
+        what = f"{node.op} {node.target} {fx.map_arg((node.args, node.kwargs), lambda n: names[n])}"
+        if node.op == "get_attr":
             value = getattr(gm, str(node.target))
             what = (
                 value.print_readable(print_output=False)
                 if isinstance(value, fx.GraphModule)
                 else f"{id(value)}"
             )
-        numbers[node] = f"%{len(lines)}"
+        names[node] = f"%{len(lines)}"
         lines.append(what)
     return "\n".join(lines)
 
@@ -219,15 +277,30 @@ class SequenceModule(nn.Module):
     def __init__(self, graph: fx.Graph) -> None:
         super().__init__()
         self._sequence_graph = graph
+        self._built: dict[fx.Node, str] = {}  # what stands for arguments beside the sequence: their names
 
     def forward(self, sequence: Tensor) -> Any:
         """Run the graph on ``sequence``; its flat tuple of outputs."""
         with preserve_node_meta():
             return fx.Interpreter(self, graph=self._sequence_graph).run(sequence)
 
+    def written(self, sequence: Tensor) -> str | None:
+        """The name of an argument beside the sequence that the graph writes to; found on fake tensors."""
+        if not self._built:
+            return None
+        run = fx.Interpreter(self, garbage_collect_values=False, graph=self._sequence_graph)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            run.run(torch.empty(sequence.shape, dtype=sequence.dtype, device=sequence.device))
+        return next((name for node, name in self._built.items() if run.env[node]._version), None)
 
-def wrap_graph(gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any]) -> SequenceModule:
-    """The graph with the weights and numbers of one call's ``arguments`` put in, its tensors as outputs."""
+
+def wrap_graph(
+    gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any], beside: Sequence[Description]
+) -> SequenceModule:
+    """The graph with the weights and numbers of one call's ``arguments`` put in, its tensors as outputs.
+
+    ``beside``: what the extra tensors are, in the order of ``roles.extras``.
+    """
     graph = fx.Graph()
     module = SequenceModule(graph)
     for name, part in (*gm._modules.items(), *gm._parameters.items(), *gm._buffers.items()):
@@ -240,6 +313,19 @@ def wrap_graph(gm: fx.GraphModule, roles: Roles, arguments: Sequence[Any]) -> Se
         mapped[placeholders[place]] = graph.get_attr(path)
     for place in roles.numbers:
         mapped[placeholders[place]] = arguments[place].item()
+    for place in roles.integers:
+        mapped[placeholders[place]] = arguments[place]
+    for i, (extra, description) in enumerate(zip(roles.extras, beside, strict=True)):
+        value = arguments[extra.place]
+        if isinstance(description, Fixed):
+            with torch.inference_mode(False):  # it keeps a version
+                module.register_buffer(f"_beside_{i}", value.detach().clone())
+            mapped[placeholders[extra.place]] = graph.get_attr(f"_beside_{i}")
+        else:
+            built = build(description, extra, value, graph, sequence)
+            mapped[placeholders[extra.place]] = built
+            if built is not sequence:
+                module._built[built] = extra.name
     for place, measure, axis in roles.sizes:
         if placeholders[place].users:
             mapped[placeholders[place]] = graph.call_method(measure, (sequence, axis))
@@ -299,4 +385,13 @@ def _drops(node: fx.Node) -> bool:
     return bool(training) and not (isinstance(probability, float) and probability == 0)
 
 
-__all__ = ["Form", "Roles", "SequenceModule", "flat_outputs", "graph_refusal", "read_roles", "wrap_graph"]
+__all__ = [
+    "Form",
+    "Roles",
+    "SequenceModule",
+    "Static",
+    "flat_outputs",
+    "graph_refusal",
+    "read_roles",
+    "wrap_graph",
+]

@@ -65,7 +65,9 @@ class Engine:
         capacity: int | None = None,
     ) -> None:
         self.program, self.options, self.model = with_masks(program), options, model
-        self.capacity = self._admitted(capacity or self._first_capacity())
+        self._reach: int | None = None  # positions at which the tables end, once that was met
+        self._reached = 0
+        self.capacity = self._admitted(self._within_tables(capacity or self._first_capacity()))
         self._derived: dict[tuple[int, int], Derived] = {}
         self._raised: dict[int, Program] = {}
         self._steps: dict[Any, CompiledStep] = {}
@@ -131,7 +133,8 @@ class Engine:
             rows = self.analysis.axes[node].rows
             consistent = node in self.analysis.consistent or not rows
             if not consistent:
-                raise Unsupported(explain_inconsistency(self.analysis), *self.proof.refusals)
+                drawn = [r for r in self.proof.refusals if r.kind == "random"]  # looks like anything else
+                raise Unsupported(*(drawn or [explain_inconsistency(self.analysis), *self.proof.refusals]))
             if self._is_certified(node):
                 continue
             unproved = Refusal(
@@ -231,8 +234,22 @@ class Engine:
     @property
     def most(self) -> int | None:
         """The most positions a sequence may have, or None."""
-        limits = [n for n in (self.options.max_length, self.program.lengths.maximum) if n is not None]
-        return min(limits) if limits else None
+        limits = (self.options.max_length, self.program.lengths.maximum, self._reach)
+        return min((n for n in limits if n is not None), default=None)
+
+    def _within_tables(self, capacity: int) -> int:
+        """The capacity, or the end of the model's tables before it: what follows the length alone is evaluated."""
+        if capacity <= self._reached or self._reach is not None:
+            return capacity if self._reach is None else min(capacity, self._reach)
+        if not self.program.has_tables_for(capacity):
+            low, high = self.program.lengths.minimum, capacity
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if self.program.has_tables_for(middle) else (low, middle)
+            if self.program.has_tables_for(low):  # else it is not the tables' length that is at fault
+                self._reach = capacity = low
+        self._reached = capacity
+        return capacity
 
     @cached_property
     def rows_independent(self) -> bool:
@@ -272,7 +289,8 @@ class Engine:
 
     def _check_limit(self) -> None:
         """A model that can be decoded, but not as far as was asked for."""
-        wanted, most = self.options.max_length, self.program.lengths.maximum
+        wanted = self.options.max_length
+        most = min((n for n in (self.program.lengths.maximum, self._reach) if n is not None), default=None)
         if wanted is not None and most is not None and wanted > most:
             raise CapacityError(
                 f"max_length={wanted} exceeds {most}, the longest sequence the model's tables and guards admit"
@@ -286,15 +304,18 @@ class Engine:
         capacity = self.capacity
         if self.most is not None and needed > self.most:
             if grow or needed > self.most + 1:
-                hint = (
-                    "" if self.options.max_length else "; give max_length to trace the model for longer ones"
-                )
+                hint = "; give max_length to trace the model for longer ones"
+                if self.options.max_length or self._reach is not None:
+                    hint = "" if self.most != self._reach else ": the model's tables end there"
                 raise CapacityError(f"{needed} positions exceed {self.most}, the most there may be{hint}")
             needed = self.most
         if grow and needed > capacity and not self.options.growth:
             raise CapacityError(f"the capacity of {capacity} positions is used up and growth is off")
         while capacity < needed:
             capacity *= 2
+        capacity = self._within_tables(capacity)
+        if capacity < needed:
+            return self.capacity_for(needed, grow=grow)  # refused, now that the end of the tables is known
         return self._admitted(capacity if self.most is None else min(capacity, self.most))
 
     def _admitted(self, capacity: int) -> int:
@@ -407,7 +428,7 @@ class Engine:
     def step(self, lane: Lane) -> Callable[[], Sequence[Any]]:
         """The compiled step on a lane's tensors; lanes of equal shapes and strides share the compilation."""
         if lane.run is None or lane.position >= lane.reach:
-            lane.reach = self._reach(lane)
+            lane.reach = self._rows_read(lane)
             key = (lane.signature, lane.reach)
             if key not in self._steps:
                 step = lane.derived.step
@@ -417,7 +438,7 @@ class Engine:
             lane.run = self._steps[key].on(lane.tensors)
         return lane.run
 
-    def _reach(self, lane: Lane) -> int:
+    def _rows_read(self, lane: Lane) -> int:
         """How many rows of histories the next steps read: a few sizes, so that few steps are compiled."""
         capacity = lane.derived.step.capacity
         if not self.plan.histories:

@@ -33,9 +33,11 @@ class Lane:
         self.run: Callable[[], Sequence[Any]] | None = None  # the compiled step on this lane's tensors
         self.reach = 0  # how many rows of histories it reads
         program, step = derived.step.program, derived.step
+        # A batch that is written into the model is no axis apart: its rows are channels like others.
+        rows = self.rows = 1 if isinstance(program.batch, int) else batch
         device = program.example.device
         with torch.inference_mode(False):
-            self.conv = ConvState(derived.bank, batch) if derived.bank is not None else None
+            self.conv = ConvState(derived.bank, rows) if derived.bank is not None else None
             self.tensors: dict[str, Tensor] = dict(derived.constants)
             for name in ("position", "local"):
                 self.tensors[name] = torch.zeros(1, dtype=torch.int64, device=device)
@@ -46,7 +48,7 @@ class Lane:
             for node in step.plan.histories:
                 self.tensors[f"history:{node.name}"] = self._history(node)
             for name, window in step.windows.items():
-                self.tensors[f"ring:{name}"] = window.ring(batch, weights_of(window, name, self.tensors))
+                self.tensors[f"ring:{name}"] = window.ring(rows, weights_of(window, name, self.tensors))
             for name, table in derived.tables.items():
                 self.tensors[name] = table.new_zeros((derived.block, *table.shape[1:]))
         if self.conv is not None:
@@ -158,16 +160,16 @@ class Lane:
 
     def select(self, index: Tensor, derived: Derived | None = None) -> Lane:
         """A new lane of rows ``index`` (int64 [B'], repeats allowed)."""
-        return self._copied(index, derived or self.derived)
+        return self._copied(index, derived or self.derived, int(index.numel()))
 
     def moved(self, derived: Derived) -> Lane:
         """The same rows at another capacity, at the same position."""
-        index = torch.arange(self.batch, device=self.tensors["position"].device)
-        return self._copied(index, derived)
+        index = torch.arange(self.rows, device=self.tensors["position"].device)
+        return self._copied(index, derived, self.batch)
 
     @torch.no_grad()
-    def _copied(self, index: Tensor, derived: Derived) -> Lane:
-        new = Lane(derived, int(index.numel()))
+    def _copied(self, index: Tensor, derived: Derived, batch: int) -> Lane:
+        new = Lane(derived, batch)
         step = derived.step
         for node in step.plan.histories:
             name, axes = f"history:{node.name}", step.axes[node]

@@ -170,6 +170,29 @@ class Program:
         interpret(nodes, env, wanted, rewrite)
         return env if wanted is None else {n: env[n] for n in wanted}
 
+    def has_tables_for(self, length: int) -> bool:
+        """Whether what depends on the length alone, and has at most one sequence axis, can be evaluated there.
+
+        A table of positions that has fewer rows ends the sequences a model can read, and no guard says so.
+        """
+        alone = [
+            node
+            for node in self.graph.nodes
+            if node.op == "call_function"
+            and is_tensor(node)
+            and node not in self.input_dependent
+            and sum(self.length in getattr(size, "free_symbols", ()) for size in sizes(node)) <= 1
+        ]
+        last = set(alone).difference(a for node in alone for a in node.all_input_nodes)
+        batch = self.batch if isinstance(self.batch, int) else 1
+        shape = (batch, length, *self.example.shape[2:])
+        try:
+            with torch.no_grad():
+                self.evaluate(self.example.new_zeros((1,) * len(shape)).expand(shape), keep=last)
+        except (IndexError, RuntimeError):
+            return False
+        return True
+
     def with_values(self, values: Mapping[str, Tensor]) -> Program:
         """The same program on other weights; inputs that ``values`` does not name keep theirs."""
         return replace(self, values={**self.values, **values})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -111,3 +112,29 @@ def _model_is_gone(sequence: Tensor) -> Any:
 
 def _indent(text: str) -> str:
     return "\n".join("  " + line for line in text.splitlines())
+
+
+# -- the newest report -------------------------------------------------------------------------------------
+
+_newest: tuple[Report | None, weakref.ref[Any] | None] = (None, None)
+
+
+def last_report() -> Report | None:
+    """The report of the newest ``torch.compile(..., backend="flashinf")``, or None.
+
+    Its snapshots can be run as long as the model lives.
+    """
+    report, owner = _newest[0], _newest[1]() if _newest[1] is not None else None
+    return owner.report if owner is not None else report
+
+
+def note_report(report: Report, owner: Any = None) -> None:
+    """Make this the newest report; ``owner``, as long as it lives, has one whose snapshots can be run."""
+    global _newest
+    _newest = report.detached(), None if owner is None else weakref.ref(owner)
+
+
+def refused_text(refusals: Sequence[Refusal]) -> str:
+    """What a warning says about refusals."""
+    reasons = "\n".join(str(refusal) for refusal in refusals)
+    return f"flashinf runs this model as given, every position each time, because\n{reasons}"

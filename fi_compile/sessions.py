@@ -24,6 +24,7 @@ from .decoder import Decoder
 from .dynamo import Form
 from .errors import FlashinfError
 from .growing import Growing, laid_out
+from .inputs import bits
 
 if TYPE_CHECKING:
     from .doors import Door
@@ -51,7 +52,7 @@ class Session:
 
     def __init__(self, door: Door, prompt: Tensor) -> None:
         self.door = door
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.used = next(clock)
         self.decoder: Decoder | None = None
         self.outputs: list[Growing | None] = []
@@ -202,7 +203,7 @@ def common_prefix(known: Tensor, sequence: Tensor, rows_independent: Callable[[]
     Compares bits, so that -0.0 is not 0.0 and a NaN equals itself.
     """
     length = min(known.shape[1], sequence.shape[1])
-    known, sequence = _bits(known[:, :length]), _bits(sequence[:, :length])
+    known, sequence = bits(known[:, :length]), bits(sequence[:, :length])
     same_batch = known.shape[0] == sequence.shape[0]
     if same_batch and torch.equal(known, sequence):
         return Match(length)
@@ -229,20 +230,19 @@ def _agreement(known: Tensor, sequence: Tensor) -> Tensor:
     return torch.where(different.any(1), different.to(torch.uint8).argmax(1), different.shape[1])
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors agree in shape and in every bit."""
-    return a.shape == b.shape and torch.equal(_bits(a), _bits(b))
-
-
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(value: Tensor) -> Tensor:
-    return value.view(_INTEGER[value.element_size()]) if value.dtype.is_floating_point else value
-
-
 def _with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
     return value if value.stride() == strides else laid_out(value, strides)
+
+
+def holds(lock: Any) -> bool:
+    """Whether this thread holds a re-entrant lock."""
+    return lock._is_owned()
+
+
+def release(lock: Any) -> None:
+    """Give up a re-entrant lock as often as this thread holds it."""
+    while holds(lock):
+        lock.release()
 
 
 class MemoryLimit(FlashinfError):
@@ -262,9 +262,10 @@ def make_room(session: Session, needed: int) -> None:
     for other in sorted(others, key=lambda s: s.used):
         if held + needed <= limit:
             break
-        if not other.lock.locked():
+        if other.lock.acquire(blocking=False):
             other.door.drop(other)
             held -= other.nbytes
+            other.lock.release()
 
 
 def state_bytes() -> int:

@@ -186,7 +186,7 @@ class _Planner:
         bindings = ("row", "axis", "full", "region")
         for assignment in assignments:
             pairs = {d for i, d in zip(tensors, assignment, strict=True) if len(self.rows(i)) == 2}
-            if len(pairs) > 1:
+            if len(pairs) > 1 or (pairs == {(NEW, NEW)} and demand != (NEW, NEW)):
                 continue  # else the corner of one operand could broadcast over a row of another
             for binding in bindings:
                 yield Unit(node, demand, nodes, dict(zip(tensors, assignment, strict=True)), binding)

@@ -171,8 +171,7 @@ def test_an_interrupt_while_matching_leaves_the_session_free(monkeypatch: pytest
             with pytest.raises(KeyboardInterrupt):
                 fast(ids)
         (door,) = doors.doors_of([p for p in model.parameters() if hasattr(p, "_flashinf_doors")]).values()
-        assert not door.lock.locked()
-        assert not any(session.lock.locked() for session in door.sessions)
+        assert not any(lock._is_owned() for lock in (door.lock, *(s.lock for s in door.sessions)))
         decode(fast, model, ids, 2)
 
 
@@ -362,3 +361,71 @@ def test_a_forward_that_writes_to_its_input():
     with torch.no_grad(), pytest.warns(FlashinfWarning, match="writes to"):
         found = [written(fast, length) for length in (3, 4, 5)]
     assert_like(found, [written(model, length) for length in (3, 4, 5)])
+
+
+class Interrupting:
+    """A lock after whose first acquisition an interrupt strikes."""
+
+    def __init__(self, lock):
+        self.lock, self.armed = lock, True
+
+    def acquire(self, **how):
+        taken = self.lock.acquire(**how)
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+        return taken
+
+    def release(self):
+        self.lock.release()
+
+    def _is_owned(self):
+        return self.lock._is_owned()
+
+
+@pytest.mark.parametrize("which", ["door", "session", "creating"])
+def test_an_interrupt_just_after_a_lock_was_taken(which: str, monkeypatch: pytest.MonkeyPatch):
+    model = Small()
+    fast, ids = compiled(model), random_ids(1, 5)
+    with torch.inference_mode():
+        if which == "creating":
+            monkeypatch.setattr(doors, "_creating", Interrupting(doors._creating))
+        else:
+            for _ in range(3):
+                assert_like(fast(ids), model(ids))
+                ids = extended(ids)
+            (door,) = [d for p in model.parameters() for d in getattr(p, "_flashinf_doors", {}).values()]
+            owner = door if which == "door" else door.sessions[0]
+            owner.lock = Interrupting(owner.lock)
+        with pytest.raises(KeyboardInterrupt):
+            fast(ids)
+        found = []
+
+        def decode(ids: Tensor) -> None:
+            with torch.inference_mode():
+                for _ in range(4):
+                    assert_like(fast(ids), model(ids))
+                    ids = extended(ids)
+                found.append(ids)
+
+        thread = threading.Thread(target=decode, args=(ids,))  # whom a lock that is still held would keep out
+        thread.start()
+        thread.join()
+    assert found
+    (door,) = [d for p in model.parameters() for d in getattr(p, "_flashinf_doors", {}).values()]
+    assert door.sessions[-1].decoder is not None
+    assert int(door.sessions[-1].decoder.position.max()) == found[0].shape[1] - 1
+
+
+@pytest.mark.parametrize("dynamic", [False, None])
+def test_a_length_of_its_own_for_every_graph_warns(dynamic: bool | None):
+    model = Small()
+    fast = torch.compile(model, backend="flashinf", dynamic=dynamic, options=OPTIONS)
+    ids = random_ids(2, 5)
+    with torch.inference_mode(), warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", FlashinfWarning)
+        for _ in range(7):
+            assert_like(fast(ids), model(ids))
+            ids = extended(ids)
+    told = [w for w in found if "dynamic=True" in str(w.message)]
+    assert len(told) == (1 if dynamic is False else 0)

@@ -301,3 +301,13 @@ def test_a_branch_on_the_length_is_never_crossed():
     with pytest.raises(InputError, match="below 20 positions"):
         dec.step(x[:, 7])
     assert gap(dec.extend(x[:, 7:25]), model(x[:, :25])[:, 7:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("draw", [torch.randn_like, torch.bernoulli, lambda x: torch.rand(x.shape[-1])])
+def test_random_numbers_are_refused_as_what_they_are(draw):
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + draw(x.sigmoid())
+
+    report = fi_compile.explain(Noisy(), torch.randn(2, 9, 3))
+    assert [r.kind for r in report.refusals] == ["random"]

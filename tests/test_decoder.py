@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fi_compile
 from corpus import LAST_ONLY, FeatureModel, Output, scale_weights
 from corpus.models import register_output
-from decoding import decoded, decoder, features, gap, ids, lanes, language_model, module, stacked
+from decoding import VOCAB, decoded, decoder, features, gap, ids, lanes, language_model, module, stacked
 from fi_compile.mixers.stack import FilterBank
 from fi_compile.mixers.window import SLACK
 from fi_compile.schedule import Schedule
@@ -757,3 +757,27 @@ def test_work_per_token_grows_as_log_squared():
     assert all(total[2 * n] - total[n] < 0.25 * total[n] for n in (128, 256, 512))
     steps = [total[2 * n] - total[n] for n in (128, 256, 512)]
     assert steps[-1] < 2 * steps[0]
+
+
+class Places(nn.Module):
+    """Learned position embeddings, as many as there are rows: no guard says where they end."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.table, self.places = nn.Embedding(VOCAB, 4), nn.Embedding(rows, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return (self.table(ids) + self.places(torch.arange(ids.shape[1]))).cumsum(1)
+
+
+@pytest.mark.parametrize(("rows", "prompt"), [(40, 9), (1100, 1020)])
+def test_a_table_of_positions_ends_the_sequence(rows: int, prompt: int):
+    model, sequence = Places(rows).double().eval(), ids(2, rows + 1)
+    dec = decoder(model, sequence[:, :9])
+    with torch.no_grad():
+        found = decoded(dec, sequence[:, :rows], prompt)
+        assert gap(found, model(sequence[:, :rows])[:, prompt - 1 :]) < 1e-12
+    with pytest.raises(fi_compile.CapacityError, match=f"exceed {rows}.*tables end there"):
+        dec.step(sequence[:, rows])
+    with pytest.raises(fi_compile.CapacityError, match=f"exceeds {rows}"):
+        decoder(model, sequence[:, :9], max_length=rows + 1)

@@ -195,6 +195,29 @@ def padded_spectrum(x: Tensor, k: Tensor) -> Tensor:
     return irfft(F.pad(rfft(x.mT, n=n), (0, 4)), n=n)[..., : x.shape[1]].mT
 
 
+def read_by_two_indices(positions: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Attention masked by position ids [B, s] that are read as transformers libraries do: by row and place."""
+
+    def function(x: Tensor, k: Tensor) -> Tensor:
+        i, rows = torch.arange(x.shape[1]), torch.arange(x.shape[0])[:, None, None]
+        ids = positions(i).expand(x.shape[0], -1)
+        later = ids[rows, i[None, None, :]] > ids[rows, i[None, :, None]]
+        return (x @ x.mT).masked_fill(later, LOWEST).softmax(-1) @ x
+
+    return function
+
+
+def one_document(before: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Rows weighted by the number of the document they are in, a new one where positions do not go on by one."""
+
+    def function(x: Tensor, k: Tensor) -> Tensor:
+        ids = torch.arange(x.shape[1]).expand(x.shape[0], -1)
+        document = (torch.diff(ids, prepend=before(ids)) != 1).cumsum(1)
+        return x * (document + 1).unsqueeze(-1)
+
+    return function
+
+
 REFUSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "transform one short": fft_with(lambda s: 2 * s - 2),
     "transform too short late": fft_with(lambda s: s + torch.sym_min(s, 30)),
@@ -246,6 +269,10 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "transposed mask": lambda x, k: torch.tril(x @ x.mT).mT @ x,
     "negative index wraps": lambda x, k: x[:, torch.arange(x.shape[1]) - 1],
     "index from data": lambda x, k: x[:, -(x[0, :, 0] > 0).long()],
+    "reversed positions read by two indices": read_by_two_indices(lambda i: -i),
+    "differences from another start": lambda x, k: (
+        x * torch.diff(x.shape[1] - torch.arange(x.shape[1]), prepend=torch.zeros(1).long())[:, None]
+    ),
     "newest row repeated": lambda x, k: x + x[:, -1:].expand(-1, x.shape[1], -1),
     "newest row broadcast": lambda x, k: x * x[:, -1:],
     "views in another order": swapped_views,
@@ -263,6 +290,8 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 PROVED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "positions read by two indices": read_by_two_indices(lambda i: i + 3),
+    "one document": one_document(lambda p: p[:, :1] - 1),
     "transform exactly long enough": fft_with(lambda s: 2 * s - 1),
     "self convolution": lambda x, k: irfft(
         rfft(x.mT, n=2 * x.shape[1]) * rfft(x.mT, n=2 * x.shape[1]), n=2 * x.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import fx
 
 from fi_compile.facts import (
     JUNK,
+    Affine,
     Axis,
     Deny,
     Dim,
@@ -19,6 +21,7 @@ from fi_compile.facts import (
     cut,
     fixed,
     flipped,
+    is_number,
     least,
     same,
     tidy,
@@ -129,16 +132,50 @@ def advanced_index(c: Call) -> Fact:
     for i in range(rank):
         shown = [w.dims[i - rank + len(w.dims)] for w in wheres if i - rank + len(w.dims) >= 0]
         dims.append(unite_dims(shown, "any", len(shown) < len(wheres)))
-    triangles: tuple[Triangle, ...] = ()
-    for i in places:
-        if all(a.fixed and not a.batch for a in fact.dims[i]):
-            continue
+    adjacent = places[-1] - places[0] + 1 == len(places)
+    kept = [i for i in range(len(fact.dims)) if i not in places]
+    at = places[0] if adjacent else 0
+    known = _known_entries(fact, dict(zip(places, wheres, strict=True)), rank, kept, at)
+    if known is None and not all(a.fixed and not a.batch for i in places for a in fact.dims[i]):
         raise Deny("unproved", "reads positions through several index tensors at once")
     c.row_local = all(a.fixed for a in fact.axes)
-    adjacent = places[-1] - places[0] + 1 == len(places)
-    kept = [d for i, d in enumerate(fact.dims) if i not in places]
-    at = places[0] if adjacent else 0
-    return Fact((*kept[:at], *dims, *kept[at:]), triangles=triangles)
+    every = (*(fact.dims[i] for i in kept[:at]), *dims, *(fact.dims[i] for i in kept[at:]))
+    if known is None:
+        return Fact(every)
+    coefficients = known.coefficients if isinstance(known, Affine) else (0,) * len(every)
+    same_in_rows = tuple(
+        dim if coefficient else tuple(replace(a, flat=True) if a.fixed else a for a in dim)
+        for dim, coefficient in zip(every, coefficients, strict=True)
+    )
+    if isinstance(known, Affine):
+        return Fact(same_in_rows, affine=known)
+    return Fact(same_in_rows, fill=known)
+
+
+def _known_entries(table: Fact, wheres: dict[int, Fact], rank: int, kept: list[int], at: int) -> Any:
+    """What is read from a table of one number, or by index arithmetic from an affine one; None where not known.
+
+    ``wheres``: the index of each dimension, broadcast to ``rank`` dimensions that stand before the ``kept[at]``-th.
+    """
+    if any(w.scaled or w.junk for w in wheres.values()):
+        return None
+    if is_number(table.fill):
+        return table.fill
+    form = table.affine
+    if form is None:
+        return None
+    total = Affine((0,) * rank, form.offset)
+    for i, where in wheres.items():
+        read = index.aligned(where, rank)
+        own = index.aligned(where, len(where.dims))
+        if read is None or own is None:
+            return None
+        low, high = index.bounds(own, [one(d).size for d in where.dims])
+        if not (np.all(low >= 0) and np.all(high < one(table.dims[i]).size)):
+            return None
+        total = index.combine(total, read, form.coefficients[i])
+    others = [form.coefficients[i] for i in kept]
+    return Affine((*others[:at], *total.coefficients, *others[at:]), total.offset)
 
 
 @rule("gather", "take_along_dim")

@@ -9,7 +9,8 @@ from torch import fx
 
 from fi_compile.facts import Deny, Dim, Fact, constant, filled, fixed, is_number, least, settle
 
-from .call import Call, Result, mixed, need_fixed, one, rule
+from .affine import aligned
+from .call import Call, Result, is_one, mixed, need_fixed, one, rule
 from .contract import masked
 from .pointwise import unite_dims
 
@@ -215,8 +216,31 @@ def scans(c: Call) -> Result:
     dims = (*others[:dim], (axis,), *others[dim + 1 :])
     if c.name == "cumsum":
         c.note_linear([c.arg("self")])
+        if is_number(fact.fill) and fact.fill == 0:
+            return Fact(dims, fill=0)
     values = c.node.meta["val"]
     return [Fact(dims) for _ in values] if isinstance(values, (list, tuple)) else Fact(dims)
+
+
+@rule("diff")
+def difference(c: Call) -> Fact:
+    """The step of an arithmetic progression that its prefix continues backwards: one number."""
+    fact = c.fact("self")
+    dim = c.dim(c.number("dim", -1), len(fact.dims))
+    form, before = fact.affine, c.fact("prepend") if c.has("prepend") else None
+    whole = None if before is None else aligned(before, len(fact.dims))
+    if form is None or before is None or whole is None or c.has("append") or c.number("n", 1) != 1:
+        raise Deny("unproved", "differences of neighbours", "write them as x[:, 1:] - x[:, :-1]")
+    step = form.coefficients[dim]
+    others = [i for i in range(len(fact.dims)) if i != dim]
+    continues = (
+        is_one(before.dims[dim])
+        and bool(np.all(np.equal(whole.offset, np.subtract(form.offset, step))))
+        and all(whole.coefficients[i] == form.coefficients[i] for i in others)
+    )
+    if not continues:
+        raise Deny("unproved", "differences of neighbours", "write them as x[:, 1:] - x[:, :-1]")
+    return Fact(fact.dims, fill=step)
 
 
 @rule("sort", "topk", "argsort", "msort", "kthvalue")
