@@ -53,11 +53,15 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     second_best: Program | None = None
     for trace_length in _trace_lengths(model, example, length):
         try:
-            program = _without_layout_holes(_trace_at(model, example, trace_length), model)
+            with _attributes_kept(model):
+                program = _trace_at(model, example, trace_length)
+            with _attributes_kept(model):
+                program = _without_layout_holes(program, model)
         except Exception as error:
             failures.append(error)
             continue
-        odd = disagreements(program, model)
+        with _attributes_kept(model):
+            odd = disagreements(program, model)
         if not odd:
             if length is None or program.lengths.at_least(length) is not None:
                 return program
@@ -227,6 +231,25 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 
     aten = torch.ops.aten
     return {aten.tril.default: tril, aten.triu.default: triu}
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Leave on the model's modules what was there before.
+
+    A forward that keeps what it computed would keep a tracer's fake tensor, or a filter made of the moved weights
+    that model and graph are compared with.
+    """
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 @contextlib.contextmanager

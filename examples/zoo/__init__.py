@@ -31,11 +31,13 @@ class Entry:
     """One architecture: how to build it, and what it reads.
 
     ``features``: 0 for ids [B, L], else the width of the features [B, L, D] it takes. ``vocab``: ids are below it.
+    ``double``: whether all of it computes in float64 when asked to.
     """
 
     build: Callable[[], nn.Module] = field(repr=False)
     features: int = 0
     vocab: int = 23
+    double: bool = True
 
     def model(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         """The model in eval mode, always with the same weights, under which every mixer matters."""
@@ -60,7 +62,7 @@ ZOO: dict[str, Entry] = {
     "Multi-head Hyena": Entry(multi_head_hyena),
     "StripedHyena": Entry(partial(StripedHyena, ("modal", "modal"))),
     "StripedHyena with attention": Entry(partial(StripedHyena, ("modal", "attention", "modal"))),
-    "StripedHyena, the package": Entry(striped_hyena_package),
+    "StripedHyena, the package": Entry(striped_hyena_package, double=False),
     "StripedHyena 2": Entry(partial(StripedHyena, ("short", "medium", "modal", "attention"))),
     "H3": Entry(h3),
     "H3, heads": Entry(partial(h3, head_dim=3)),

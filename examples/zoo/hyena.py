@@ -64,7 +64,11 @@ class HyenaFilter(nn.Module):
         self.pos_emb = PositionalEmbedding(emb_dim, seq_len)
         act = Sin(order)
         self.implicit_filter = nn.Sequential(
-            nn.Linear(emb_dim, order), act, nn.Linear(order, order), act, nn.Linear(order, d_model, bias=False)
+            nn.Linear(emb_dim, order),
+            act,
+            nn.Linear(order, order),
+            act,
+            nn.Linear(order, d_model, bias=False),
         )
         self.modulation = ExponentialModulation(d_model)
 
@@ -142,7 +146,7 @@ def multi_head_hyena(d_model: int = 12, n_heads: int = 4, l_max: int = 256) -> n
 class HyenaDNA(nn.Module):
     """The layout of HyenaDNA (Nguyen et al. 2023, arXiv 2306.15794).
 
-    The residual stream runs beside the blocks in float32 and is normalised where it is read; the vocabulary is padded to
+    The residual stream runs beside the blocks and is normalised where it is read; the vocabulary is padded to
     a multiple of eight; the head is tied.
     """
 
@@ -154,7 +158,9 @@ class HyenaDNA(nn.Module):
         self.norms1 = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(n_layer))
         self.norms2 = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(n_layer))
         self.mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(approximate="tanh"), nn.Linear(4 * d_model, d_model))
+            nn.Sequential(
+                nn.Linear(d_model, 4 * d_model), nn.GELU(approximate="tanh"), nn.Linear(4 * d_model, d_model)
+            )
             for _ in range(n_layer)
         )
         self.drop_f, self.ln_f = nn.Dropout(0.1), nn.LayerNorm(d_model)

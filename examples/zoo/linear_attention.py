@@ -103,7 +103,9 @@ class BasedSlidingAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         L = x.shape[1]
-        q, k, v = rearrange(self.Wqkv(x), "b l (three h d) -> three b h l d", three=3, h=self.num_heads).unbind(0)
+        q, k, v = rearrange(
+            self.Wqkv(x), "b l (three h d) -> three b h l d", three=3, h=self.num_heads
+        ).unbind(0)
         row = torch.arange(L, device=x.device)[:, None]
         col = torch.arange(L, device=x.device)[None, :]
         mask = (col <= row) & (row - col < self.window_size)

@@ -12,7 +12,9 @@ class TimeMix(nn.Module):
         super().__init__()
         self.n_embd, self.ctx_len = n_embd, ctx_len
         self.time_decay = nn.Parameter(torch.linspace(-4, 0.5, n_embd).unsqueeze(1))
-        self.register_buffer("time_curve", torch.tensor([-(ctx_len - 2 - i) for i in range(ctx_len - 1)]).unsqueeze(0))
+        self.register_buffer(
+            "time_curve", torch.tensor([-(ctx_len - 2 - i) for i in range(ctx_len - 1)]).unsqueeze(0)
+        )
         self.time_first = nn.Parameter(torch.randn(n_embd, 1) / 2)
         self.time_shift = nn.ZeroPad2d((0, 0, 1, -1))
         self.time_mix = nn.Parameter(torch.rand(1, 1, n_embd))

@@ -125,9 +125,7 @@ class H3(nn.Module):
         L = u.size(-2)
         u = rearrange(u, "b l h -> (b l) h")
         weights = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (
-            rearrange(u @ proj.weight.T + proj.bias, "(b l) h -> b h l", l=L) for proj in weights
-        )
+        q, k, v = (rearrange(u @ proj.weight.T + proj.bias, "(b l) h -> b h l", l=L) for proj in weights)
         k = self.shift(k, L)
         k, v = (rearrange(x, "b (h d) l -> b h d l", d=self.head_dim) for x in (k, v))
         kv = k.unsqueeze(3) * v.unsqueeze(2)  # b h d1 d2 l
@@ -142,7 +140,7 @@ class H3(nn.Module):
 
 
 class RTF(nn.Module):
-    """A rational transfer function b(z) / (1 + a(z)) evaluated at roots of unity (Parnichkun et al. 2024, arXiv 2405.06147).
+    """A rational transfer function b(z) / (1 + a(z)) at roots of unity (Parnichkun et al. 2024, arXiv 2405.06147).
 
     `fixed`: on a grid of that many points whatever the length; otherwise on a grid that follows the length.
     """
@@ -150,10 +148,18 @@ class RTF(nn.Module):
     def __init__(self, d_model: int, order: int = 4, fixed: int | None = None):
         super().__init__()
         self.fixed = fixed
-        self.a = nn.Parameter(torch.randn(d_model, order) / 12)
-        self.b = nn.Parameter(torch.randn(d_model, order + 1))
+        self.a = nn.Parameter(self.stable(d_model, order))
+        self.b = nn.Parameter(torch.randn(d_model, order + 1) / 16)
         self.h0 = nn.Parameter(torch.randn(d_model))
         self.out_proj = nn.Linear(d_model, d_model)
+
+    @staticmethod
+    def stable(d_model: int, order: int) -> Tensor:
+        """Denominators whose roots lie inside the unit circle: products of (1 - r z) with r below 0.93."""
+        a = torch.ones(d_model, 1)
+        for r in 0.93 * torch.rand(order, d_model, 1) ** 0.3:
+            a = F.pad(a, (0, 1)) - r * F.pad(a, (1, 0))
+        return a[:, 1:]
 
     def get_k(self, n: int) -> Tensor:
         a = F.pad(self.a, (1, 0), value=1.0)

@@ -67,7 +67,9 @@ class ExplicitFilter(nn.Module):
 class HyenaCascade(nn.Module):
     """Gate, convolution, gate; `style`: modal, explicit medium (128 taps) or explicit short (7 taps)."""
 
-    def __init__(self, hidden_size: int, style: str, num_heads: int = 2, groups: int = 4, state_size: int = 4):
+    def __init__(
+        self, hidden_size: int, style: str, num_heads: int = 2, groups: int = 4, state_size: int = 4
+    ):
         super().__init__()
         self.style, self.num_heads, self.head_size = style, num_heads, hidden_size // num_heads
         self.repeats = hidden_size // groups
@@ -141,7 +143,7 @@ class RotaryAttention(nn.Module):
         k = k.repeat_interleave(self.num_heads // self.num_heads_kv, dim=2)
         v = v.repeat_interleave(self.num_heads // self.num_heads_kv, dim=2)
         scores = torch.einsum("bthd,bshd->bhts", q, k / math.sqrt(self.head_dim))
-        causal_mask = torch.triu(torch.full((L, L), -10000.0, device=x.device), 1)
+        causal_mask = torch.triu(torch.full((L, L), float("-inf"), device=x.device), 1)
         attention = torch.softmax(scores + causal_mask.to(scores.dtype), dim=-1, dtype=v.dtype)
         return self.out_proj(torch.einsum("bhts,bshd->bthd", attention, v).reshape(B, L, -1))
 
@@ -165,7 +167,9 @@ class StripedHyena(nn.Module):
         self.embedding_layer = nn.Embedding(vocab_size, hidden_size)
         self.blocks = nn.ModuleList(
             StripedBlock(
-                RotaryAttention(hidden_size, 4, 2) if style == "attention" else HyenaCascade(hidden_size, style),
+                RotaryAttention(hidden_size, 4, 2)
+                if style == "attention"
+                else HyenaCascade(hidden_size, style),
                 hidden_size,
             )
             for style in layers

@@ -28,7 +28,9 @@ class CausalSelfAttention(nn.Module):
 class GPT(nn.Module):
     """ids [B, T] -> logits; learned positions, tied head (Radford et al. 2019)."""
 
-    def __init__(self, n_embd: int = 12, n_head: int = 2, n_layer: int = 2, vocab: int = 23, block_size: int = 256):
+    def __init__(
+        self, n_embd: int = 12, n_head: int = 2, n_layer: int = 2, vocab: int = 23, block_size: int = 256
+    ):
         super().__init__()
         self.block_size = block_size
         self.wte, self.wpe = nn.Embedding(vocab, n_embd), nn.Embedding(block_size, n_embd)
@@ -40,7 +42,10 @@ class GPT(nn.Module):
                     "attn": CausalSelfAttention(n_embd, n_head),
                     "ln_2": nn.LayerNorm(n_embd),
                     "mlp": nn.Sequential(
-                        nn.Linear(n_embd, 4 * n_embd), nn.GELU(), nn.Linear(4 * n_embd, n_embd), nn.Dropout(0.1)
+                        nn.Linear(n_embd, 4 * n_embd),
+                        nn.GELU(),
+                        nn.Linear(4 * n_embd, n_embd),
+                        nn.Dropout(0.1),
                     ),
                 }
             )
@@ -124,7 +129,9 @@ class SwiGLU(nn.Module):
 class Llama(nn.Module):
     """ids [B, L] -> logits (Touvron et al. 2023, arXiv 2302.13971); `window` as in Mistral (arXiv 2310.06825)."""
 
-    def __init__(self, dim: int = 16, n_layers: int = 2, vocab: int = 23, l_max: int = 256, window: int | None = None):
+    def __init__(
+        self, dim: int = 16, n_layers: int = 2, vocab: int = 23, l_max: int = 256, window: int | None = None
+    ):
         super().__init__()
         self.window = window
         self.tok_embeddings = nn.Embedding(vocab, dim)
