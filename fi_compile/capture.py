@@ -28,7 +28,7 @@ from .branches import same_below
 from .errors import Refusal, Unsupported
 from .program import Input, Kind, Lengths, Program, as_expr
 from .symbolic import evaluate_at
-from .twin import random_sequence, twin_values
+from .twin import random_sequence, twin_values, widen, widen_call
 
 _KINDS = {
     InputKind.PARAMETER: Kind.PARAMETER,
@@ -55,14 +55,19 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     second_best: Program | None = None
     for trace_length in _trace_lengths(model, example, length):
         try:
-            program = _without_layout_holes(_trace_at(model, example, trace_length), model)
-            program = _with_last_position(program, model, length)
+            with _attributes_kept(model):
+                program = _trace_at(model, example, trace_length)
+            with _attributes_kept(model):
+                program = _without_layout_holes(program, model)
+                program = _with_last_position(program, model, length)
         except Exception as error:
             failures.append(error)
             continue
-        odd = disagreements(program, model)
+        with _attributes_kept(model):
+            odd = disagreements(program, model)
         if not odd:
-            fewest = same_below(program, lambda n: _trace_at(model, example, n))
+            with _attributes_kept(model):
+                fewest = same_below(program, lambda n: _trace_at(model, example, n))
             program = replace(program, lengths=replace(program.lengths, fewest=fewest))
             if length is None or program.lengths.at_least(length) is not None:
                 return program
@@ -161,23 +166,41 @@ def disagreements(program: Program, model: nn.Module) -> list[int]:
     if longer is None:
         return tested
     sequence = _probe(program, longer)
+    odd: list[int] = []
+    for share in (0.3, 0.02):
+        odd, ill = _moved_disagreements(program, model, sequence, tested, share)
+        if not ill:  # moved so far that rounding decides: poles beyond 1, say
+            break
+    return odd
+
+
+def _moved_disagreements(
+    program: Program, model: nn.Module, sequence: Tensor, tested: list[int], share: float
+) -> tuple[list[int], bool]:
+    """The lengths at which moved parameters show a difference; whether the graph's own rounding is as large."""
     nodes = [o for o in program.outputs if isinstance(o, fx.Node)]
     moved = {
-        name: value.to(program.values[name].dtype) for name, value in twin_values(program, perturb=1).items()
+        name: value.to(program.values[name].dtype)
+        for name, value in twin_values(program, perturb=1, share=share).items()
     }
     named = {str(i.path): moved[i.name] for i in program.inputs if i.kind is Kind.PARAMETER}
 
     def perturbed(prefix: Tensor) -> Any:
         return torch.func.functional_call(model, named, (prefix,))
 
+    wide = {name: widen(value) for name, value in moved.items()}
     found: set[int] = set()
+    ill = False
     with torch.no_grad():
         for scale in _scales(sequence):
-            whole = program.evaluate(sequence * scale, moved, keep=nodes)
-            found |= {
-                n for n in tested if not _equal_prefix(program, perturbed, sequence[:, :n] * scale, whole)
-            }
-    return sorted(found)
+            scaled = sequence * scale
+            whole = program.evaluate(scaled, moved, keep=nodes)
+            exact = program.evaluate(widen(scaled), wide, keep=nodes, rewrite=widen_call)
+            true = all(_roughly_equal(whole[n], exact[n].to(whole[n].dtype)) for n in nodes)
+            if true or scale == 1:
+                found |= {n for n in tested if not _equal_prefix(program, perturbed, scaled[:, :n], whole)}
+            ill |= scale == 1 and not true
+    return sorted(found), ill
 
 
 def _equal_prefix(
@@ -185,7 +208,7 @@ def _equal_prefix(
 ) -> bool:
     """Whether the model on a prefix gives the first rows of every output of a longer run."""
     try:
-        found = pytree.tree_leaves(model(sequence))
+        found = [leaf for leaf in pytree.tree_leaves(model(sequence)) if leaf is not None]
     except Exception:
         return True  # the model itself does not run there: there is nothing to differ from
     outputs = [o for o in program.outputs if o is not None]
@@ -264,6 +287,25 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 
     aten = torch.ops.aten
     return {aten.tril.default: tril, aten.triu.default: triu}
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Leave on the model's modules what was there before.
+
+    A forward that keeps what it computed would keep a tracer's fake tensor, or a filter made of the moved weights
+    that model and graph are compared with.
+    """
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 @contextlib.contextmanager

@@ -56,10 +56,10 @@ class _WidenCall:
 widen_call = _WidenCall()
 
 
-def twin_values(program: Program, *, perturb: int | None = None) -> dict[str, Tensor]:
+def twin_values(program: Program, *, perturb: int | None = None, share: float = 0.3) -> dict[str, Tensor]:
     """The program's inputs in double precision, without the sequence.
 
-    With a seed in ``perturb``, floating parameters are moved by 0.3 of their size, so that a parameter
+    With a seed in ``perturb``, floating parameters are moved by a ``share`` of their size, so that a parameter
     that happens to be zero, one or symmetric cannot hide what the program does with it.
     """
     values = {name: widen(value) for name, value in program.values.items()}
@@ -75,7 +75,7 @@ def twin_values(program: Program, *, perturb: int | None = None) -> dict[str, Te
         ):
             size = value.abs().square().mean().sqrt().clamp_min(0.05).item()
             noise = torch.randn(value.shape, dtype=value.dtype, generator=generator)
-            values[spec.name] = value + 0.3 * size * noise.to(value.device)
+            values[spec.name] = value + share * size * noise.to(value.device)
     return values
 
 

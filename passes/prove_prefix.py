@@ -13,14 +13,11 @@ from torch import Tensor, fx
 from fi_compile.errors import Refusal
 from fi_compile.facts import (
     EXTREME,
-    LARGE,
-    OPEN,
     ORDINARY,
     Deny,
     Dim,
     Fact,
     Quantity,
-    Triangle,
     by_batch,
     constant,
     fixed,
@@ -42,7 +39,7 @@ from fi_compile.program import (
 from fi_compile.rules import RULES, Call
 from fi_compile.rules.affine import exact, holds
 from fi_compile.rules.magnitude import magnitude, of_table
-from fi_compile.rules.triangles import in_dtype
+from fi_compile.rules.triangles import decided, in_dtype
 from fi_compile.symbolic import evaluate_at
 
 # Conditions are evaluated at two batch sizes, so that no size coincides with the length by chance.
@@ -476,7 +473,7 @@ class _Walker:
         for q in moving:
             for k in moving:
                 if q != k:
-                    found.extend(_decided(table, q, k))
+                    found.extend(decided(table, q, k))
         if found:
             self.proof.steps.append(Step("by value", node.name, "decided at the longest length"))
         return replace(fact, triangles=(*fact.triangles, *found))
@@ -576,19 +573,3 @@ def _describe(fact: Fact, missing: bool = False) -> str:
     return (
         ", ".join(dict.fromkeys(words)) or "a size follows the length in another way than the sequence does"
     )
-
-
-def _decided(table: Tensor, query: int, key: int) -> Iterator[Triangle]:
-    """The one value above the diagonal of two dimensions of a table, if there is one."""
-    moved = table.movedim((query, key), (-2, -1))
-    above = moved[..., torch.ones(moved.shape[-2:], dtype=torch.bool, device=table.device).triu(1)]
-    if above.numel() == 0:
-        return
-    first = above.reshape(-1)[0]
-    if bool((above == first).all()):
-        diagonal = moved.diagonal(dim1=-2, dim2=-1)
-        start = diagonal.reshape(-1)[0]
-        level = start.item() if bool((diagonal == start).all()) else None
-        if level is None and diagonal.dtype != torch.bool and bool((diagonal.abs() <= LARGE).all()):
-            level = OPEN
-        yield Triangle(query, key, first.item(), level)

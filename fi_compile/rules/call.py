@@ -198,6 +198,11 @@ class Call:
                 if invariant:
                     self.invariant.append(chosen)
 
+    def note_ignored(self, node: fx.Node, template: Any) -> None:
+        """Record that an operator linear in ``node`` takes nothing but a shape or a type from ``template``."""
+        if isinstance(template, fx.Node):
+            self.affine_groups.append(frozenset({node, template}))
+
 
 def one(dim: tuple[Axis, ...]) -> Axis:
     """The axis of a dimension that is not a merged one."""

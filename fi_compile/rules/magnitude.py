@@ -39,7 +39,8 @@ POLES = LOGARITHMS | frozenset(
 def magnitude(c: Call, levels: Sequence[int], own: bool = True) -> int:
     """How large the result may be for tensor arguments of these magnitudes; ``own``: they are those of ``c``."""
     dtype = _dtype(c.node)
-    if dtype == torch.bool or c.name in BOUNDED:
+    # An integer of 64 bits is below LARGE, whatever was cast to it.
+    if c.name in BOUNDED or (dtype is not None and not (dtype.is_floating_point or dtype.is_complex)):
         return ORDINARY
     numbers = [_level(v) for v in _numbers(c)]
     level = max([*levels, *numbers], default=ORDINARY)

@@ -186,6 +186,7 @@ def type_as(c: Call) -> Fact:
     """x.type_as(y): y lends its type only."""
     fact = c.fact("self")
     c.note_linear([c.arg("self")])
+    c.note_ignored(c.arg("self"), c.arg("other"))
     c.row_local = True
     return Fact(fact.dims, fact.scale, fact.triangles, fill=fact.fill)
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 from torch import fx
 
-from fi_compile.facts import Deny, Dim, Fact, constant, filled, fixed, is_number, least, settle
+from fi_compile.facts import Deny, Dim, Fact, Triangle, constant, filled, fixed, is_number, least, settle
 
 from .affine import aligned
 from .call import Call, Result, is_one, mixed, need_fixed, one, rule
 from .contract import masked
 from .pointwise import unite_dims
+from .triangles import of_table
 
 
 def listed(c: Call, fact: Fact) -> list[int]:
@@ -35,6 +36,17 @@ def dropped(c: Call, fact: Fact, dims: list[int]) -> tuple[Dim, ...]:
     return tuple(rest)
 
 
+def _by_value(c: Call, fact: Fact, key: int) -> tuple[Triangle, ...]:
+    """What the values of a table say above the diagonal of ``key`` and the one other sequence dimension."""
+    moving = [d for d, dim in enumerate(fact.dims) if not all(a.fixed for a in dim)]
+    if len(moving) != 2:
+        return ()
+    found = of_table(c, c.arg("self"), sum(moving) - key, key)
+    if found:
+        c.conditions.append("decided by value at the longest length")
+    return found
+
+
 LINEAR = {"sum", "mean"}
 
 
@@ -53,7 +65,7 @@ def sums(c: Call) -> Fact:
         return Fact(dropped(c, fact, dims), fact.scale)
     if c.name == "sum" and len(follows) == 1:
         key = follows[0]
-        for t in fact.triangles:
+        for t in fact.triangles or _by_value(c, fact, key):
             if t.key == key and t.query not in dims and is_number(t.above) and t.above == 0 and not fact.junk:
                 axis, query = one(fact.dims[key]), one(fact.dims[t.query])
                 if axis.plain and query.plain:
@@ -106,7 +118,8 @@ def softmax(c: Call) -> Fact:
             shown[dim] = mixed(shown[dim])
             continue
         c.row_local = False
-        known = [t for t in fact.triangles if t.key == dim and masked(t) and not isinstance(t.above, bool)]
+        shown_above = fact.triangles or _by_value(c, fact, dim)
+        known = [t for t in shown_above if t.key == dim and masked(t) and not isinstance(t.above, bool)]
         if len(dims) != 1 or not known or c.name == "softmin":
             if any(t.query == dim for t in fact.triangles if masked(t)):
                 raise Deny(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -64,6 +65,8 @@ def window(c: Call, fact: Fact, dim: int, start: Quantity, stop: Quantity) -> Fa
         if not all(a.fixed for a in out.axes) or fact.junk or fact.scaled:
             raise Deny("unproved", "takes the newest row of a value that has other uncertified dimensions")
         return Fact(out.dims, fill=fact.fill, newest=True)
+    if axis.fixed and axis.period is None and constant(stop) and not constant(start):
+        axis = seen_from_the_end(cut(axis, 0, stop))
     result = replaced(fact, dim, (cut(axis, start, stop),))
     others = tuple(t for t in fact.triangles if dim not in (t.query, t.key))
     if same(start, 0):
@@ -76,6 +79,16 @@ def window(c: Call, fact: Fact, dim: int, start: Quantity, stop: Quantity) -> Fa
 
         affine = moved(affine, dim, start)
     return Fact(result.dims, fact.scale, others, affine=affine, fill=fact.fill, bounds=fact.bounds)
+
+
+def seen_from_the_end(axis: Axis) -> Axis:
+    """The same fixed content, counted from its last index: what ``table[-s:]`` shows is known there.
+
+    Not in normal form: where the cut that follows leaves everything in sight, settling turns it back.
+    """
+    last = tidy(np.subtract(axis.size, 1))
+    lo, hi = tidy(np.subtract(last, axis.hi)), tidy(np.subtract(last, axis.lo))
+    return replace(axis, sign=-1, shift=last, lo=lo, hi=hi)
 
 
 def _size(dim: tuple[Axis, ...]) -> Quantity:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fi_compile.facts import EXTREME, JUNK, LARGE, OPEN, ORDINARY, Fact, Triangle, constant, is_number
 
@@ -46,6 +47,34 @@ def combined(c: Call, rank: int) -> tuple[Triangle, ...]:
         if above is JUNK or is_number(above):
             found.append(Triangle(query, key, above, diagonal))
     return tuple(found)
+
+
+def decided(table: Tensor, query: int, key: int) -> Iterator[Triangle]:
+    """The one value above the diagonal of two dimensions of a table, if there is one."""
+    moved = table.movedim((query, key), (-2, -1))
+    above = moved[..., torch.ones(moved.shape[-2:], dtype=torch.bool, device=table.device).triu(1)]
+    if above.numel() == 0:
+        return
+    first = above.reshape(-1)[0]
+    if bool((above == first).all()):
+        diagonal = moved.diagonal(dim1=-2, dim2=-1)
+        start = diagonal.reshape(-1)[0]
+        level = start.item() if bool((diagonal == start).all()) else None
+        if level is None and diagonal.dtype != torch.bool and bool((diagonal.abs() <= LARGE).all()):
+            level = OPEN
+        yield Triangle(query, key, first.item(), level)
+
+
+def of_table(c: Call, node: torch.fx.Node, query: int, key: int) -> tuple[Triangle, ...]:
+    """What the values of an input-independent table say above a diagonal, at the longest length.
+
+    The table must be certified along both dimensions: its values at shorter lengths are then among these.
+    """
+    fact = c.fact(node)
+    if c.context.is_data(node) or not fact.proved(c.context.length):
+        return ()
+    table = c.context.table(node)
+    return () if table is None or table.is_complex() else tuple(decided(table, query, key))
 
 
 def state(c: Call, states: dict[Any, Any]) -> Any:

@@ -32,6 +32,7 @@ def moved(fact: Fact, dims: tuple[Dim, ...], where: dict[int, int]) -> Fact:
 
 def _linear(c: Call) -> Fact:
     c.note_linear([c.tensors()[0]])
+    c.note_ignored(c.tensors()[0], c.arg("other"))
     c.row_local = True
     return c.fact(c.tensors()[0])
 
