@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .program import Kind, Program
 
-
 _VERSION = attrgetter("_version")
 
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from variations import VARIATIONS, WIDTH
 
 import fi_compile
 from decoding import decoded, decoder, features, gap
-from variations import VARIATIONS, WIDTH
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from zoo.backbone import awaken  # noqa: E402
-from zoo.measure import mixers_of  # noqa: E402
+from zoo.backbone import awaken
+from zoo.measure import mixers_of
 
 LENGTH = 70
 

@@ -25,7 +25,7 @@ _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 def with_masks(program: Program) -> Program:
     """The same program with the mask of every causal attention operator as a value of its own.
 
-    Such a node keeps its name and meta, to which ``meta["whole"]`` is added. A program without any is returned as it is.
+    Such a node keeps its name and meta, to which ``meta["whole"]`` is added.
     """
     if not any(_is_causal(node) for node in program.graph.nodes):
         return program
@@ -73,4 +73,3 @@ def _mask(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.
 
     rows = call(aten.unsqueeze.default, positions(query), -1)
     return call(aten.le.Tensor, positions(key), rows)
-
