@@ -196,7 +196,8 @@ class _Planner:
         if axes <= 1:
             return [(NEW,), (ALL,)][: 2 * axes] or [()]
         if axes == 2:
-            return [(NEW, ALL), (ALL, NEW), (NEW, NEW)]
+            whole = [] if self.is_data(node) else [(ALL, ALL)]
+            return [(NEW, ALL), (ALL, NEW), (NEW, NEW), *whole]
         return []
 
     def price(self, tensors: list[fx.Node], assignment: tuple[Demand, ...]) -> tuple[int, int]:
@@ -212,7 +213,7 @@ class _Planner:
     def by_rule(self, unit: Unit) -> bool:
         """Certified without asking the unit: all rows then narrow, or row by row."""
         if unit.binding == "region":
-            return all(d == (ALL,) for n, d in unit.reads.items() if self.is_data(n))
+            return all(kind == ALL for demand in unit.reads.values() for kind in demand)
         if any(ALL in demand for demand in unit.reads.values()):
             return False
         return all(self.is_local(n) for n in unit.nodes if is_tensor(n) and self.is_data(n))
