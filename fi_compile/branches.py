@@ -52,8 +52,8 @@ def _range_with(length: int, trace: Callable[[int], Program]) -> Program | None:
             found = trace(n)
         except Exception:
             continue
-        lengths = found.lengths  # holes are layout guards: single lengths, compared on random input
-        if length in lengths.holes or lengths.admits(length):
+        lengths = found.lengths  # guards on memory layout exclude single lengths: compared on random input
+        if length in lengths.holes or lengths.admits(length) or lengths.maximum == length - 1:
             return found
     return None
 

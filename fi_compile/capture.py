@@ -410,7 +410,7 @@ def admitted_lengths(
                 layout &= holds
             else:
                 ok &= holds
-    admitted = every[ok]
+    admitted = every[ok & layout]
     if admitted.size == 0:
         raise Unsupported(Refusal("lengths", "the model's guards admit no length at all"))
     first, last = int(admitted[0]), int(admitted[-1])
