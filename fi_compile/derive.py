@@ -68,7 +68,7 @@ def derive(
     for mixer in step.mixers:
         found = filters[mixer.name]
         kept = found.kernel[:, : mixer.room] if mixer.ends else found.kernel
-        reference = {"kernel": kept.to(dtype)}
+        reference = {"kernel": kept.to(dtype).contiguous()}
         if mixer.gather is not None:
             reference["source"] = mixer.gather
             constants[f"source:{mixer.name}"] = mixer.gather

@@ -40,7 +40,7 @@ class ShortConv:
 
     def weights(self, found: Filter, source: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """The filters, [P, taps] of pairs; where a matrix is no more work, [taps, Cin, Cout], the newest lag last."""
-        kernel = found.kernel.to(dtype)
+        kernel = found.kernel.to(dtype).contiguous()
         if is_dense(self.fan_in, self.channels_in):
             matrix = dense(kernel, source, self.fan_in, self.channels_in)
             kernel = matrix.permute(2, 1, 0).flip(0).contiguous()
@@ -90,7 +90,7 @@ class Scan:
 
     def weights(self, found: Filter, source: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """The constants [P, 1]."""
-        return {"kernel": found.kernel[:, :1].to(dtype)}
+        return {"kernel": found.kernel[:, :1].to(dtype).contiguous()}
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """Sums over no positions: zeros [R, B, Cin]."""
