@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--new-tokens", type=int, default=100)
-    parser.add_argument("--prompt", type=int, default=100, help="tokens of the prompt")
+    parser.add_argument("--prompt", type=int, default=2000, help="tokens of the prompt")
     parser.add_argument("--step", choices=("inductor", "eager"), default="inductor")
     args = parser.parse_args(argv)
 

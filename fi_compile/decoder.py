@@ -212,7 +212,10 @@ class Decoder:
         self._check_sequence(tokens, "tokens")
         self._check_batch(tokens)
         self._ready(tokens)
-        return self._assemble([self._extend_lane(lane, rows, tokens[rows]) for lane, rows in self._lanes])
+        whole = len(self._lanes) == 1  # indexing by rows copies
+        return self._assemble(
+            [self._extend_lane(lane, rows, tokens if whole else tokens[rows]) for lane, rows in self._lanes]
+        )
 
     def _extend_lane(self, lane: Lane, rows: list[int], tokens: Tensor) -> list[Any]:
         many = tokens.shape[1]

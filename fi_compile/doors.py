@@ -64,6 +64,8 @@ class Door:
         try:
             self.module = module = wrap_graph(gm, self.roles, arguments, beside)
             self._versions = self._weight_versions()
+            weights = (*module.parameters(), *module.buffers())
+            self._unversioned = [w for w in weights if w.is_inference()]
             with quiet_mode(), tracing(), fork_rng(arguments[roles.sequence].device):
                 example = arguments[roles.sequence].nan_to_num(0, 0, 0)  # its values must not matter
                 written = module.written(example)
@@ -117,8 +119,7 @@ class Door:
 
     def unversioned(self) -> list[int]:
         """Checksums of the weights that keep no version: those made under ``torch.inference_mode()``."""
-        weights = (*self.module.parameters(), *self.module.buffers())
-        return [checksum(w) for w in weights if w.is_inference()]
+        return [checksum(w) for w in self._unversioned]
 
     # -- what sessions ask ---------------------------------------------------------------------------------
 

@@ -48,6 +48,11 @@ def _compiled(expr: sympy.Basic, symbols: tuple[sympy.Symbol, ...]) -> Any:
     return sympy.lambdify(symbols, expr, modules=_NUMPY)
 
 
+@lru_cache(maxsize=4096)
+def _symbols(expr: sympy.Basic) -> tuple[Any, ...]:
+    return tuple(sorted(expr.free_symbols, key=str))
+
+
 def evaluate_at(expr: Any, at: Mapping[Any, Any], shape: tuple[int, ...]) -> np.ndarray:
     """``expr`` (sympy or number) at the given values of its symbols, broadcast to ``shape``.
 
@@ -55,7 +60,7 @@ def evaluate_at(expr: Any, at: Mapping[Any, Any], shape: tuple[int, ...]) -> np.
     """
     if not isinstance(expr, sympy.Basic):
         return np.broadcast_to(np.asarray(expr), shape)
-    symbols = tuple(sorted(expr.free_symbols, key=str))
+    symbols = _symbols(expr)
     unknown = [s for s in symbols if s not in at]
     if unknown:
         raise KeyError(f"{expr} depends on {unknown[0]}, which is not a length of this program")
