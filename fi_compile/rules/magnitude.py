@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fi_compile.facts import EXTREME, LARGE, LOW, ORDINARY, is_number
