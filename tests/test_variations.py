@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from variations import VARIATIONS, WIDTH
 
 import fi_compile
 from decoding import decoded, decoder, features, gap
+from variations import VARIATIONS, WIDTH
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
