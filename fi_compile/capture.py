@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import sympy
 import torch
 from torch import Tensor, fx, nn
@@ -26,8 +25,8 @@ from torch.utils import _pytree as pytree
 
 from .branches import same_below
 from .errors import Refusal, Unsupported
-from .program import Input, Kind, Lengths, Program, as_expr
-from .symbolic import evaluate_at
+from .guards import admitted_lengths
+from .program import Input, Kind, Program, as_expr
 from .twin import random_sequence, twin_values, widen, widen_call
 
 _KINDS = {
@@ -36,9 +35,6 @@ _KINDS = {
     InputKind.CONSTANT_TENSOR: Kind.CONSTANT,
     InputKind.USER_INPUT: Kind.SEQUENCE,
 }
-# Guards are evaluated up to here to learn which lengths they admit; far beyond any capacity in use.
-_HORIZON = 1 << 21
-_MOST_HOLES = 64
 _SCALES = (1, 8)  # of features: what is cut off at large values shows
 _MOST_COMPARED = 512  # lengths below the traced range at which model and graph are compared
 
@@ -177,7 +173,7 @@ def disagreements(program: Program, model: nn.Module) -> list[int]:
 def _moved_disagreements(
     program: Program, model: nn.Module, sequence: Tensor, tested: list[int], share: float
 ) -> tuple[list[int], bool]:
-    """The lengths at which moved parameters show a difference; whether the graph's own rounding is as large."""
+    """The lengths at which moved parameters show a difference; whether the graph's own rounding there shows one."""
     nodes = [o for o in program.outputs if isinstance(o, fx.Node)]
     moved = {
         name: value.to(program.values[name].dtype)
@@ -196,11 +192,30 @@ def _moved_disagreements(
             scaled = sequence * scale
             whole = program.evaluate(scaled, moved, keep=nodes)
             exact = program.evaluate(widen(scaled), wide, keep=nodes, rewrite=widen_call)
-            true = all(_roughly_equal(whole[n], exact[n].to(whole[n].dtype)) for n in nodes)
-            if true or scale == 1:
-                found |= {n for n in tested if not _equal_prefix(program, perturbed, scaled[:, :n], whole)}
-            ill |= scale == 1 and not true
+            odd = [n for n in tested if not _equal_prefix(program, perturbed, scaled[:, :n], whole)]
+            doubtful = _rounds_too_much(program, whole, exact, odd)
+            if scale == 1 or not doubtful:
+                found |= set(odd)
+            ill |= scale == 1 and doubtful
     return sorted(found), ill
+
+
+def _rounds_too_much(
+    program: Program, whole: dict[fx.Node, Any], exact: dict[fx.Node, Any], lengths: list[int]
+) -> bool:
+    """Whether the graph's own rounding, at one of these lengths, is as large as a difference that counts."""
+    for output, long in whole.items():
+        axes, truth = _row_axes(program, output), exact[output].to(long.dtype)
+        if len(axes) == 1:
+            for n in lengths:
+                if not _roughly_equal(long.narrow(axes[0], 0, n), truth.narrow(axes[0], 0, n)):
+                    return True
+    return False
+
+
+def _row_axes(program: Program, output: fx.Node) -> list[int]:
+    """The dimensions of an output that are the sequence's length."""
+    return [d for d, size in enumerate(output.meta["val"].shape) if as_expr(size) == program.length]
 
 
 def _equal_prefix(
@@ -218,7 +233,7 @@ def _equal_prefix(
         if not isinstance(node, fx.Node):
             continue
         long = whole[node]
-        axes = [d for d, size in enumerate(node.meta["val"].shape) if as_expr(size) == program.length]
+        axes = _row_axes(program, node)
         if len(axes) != 1:
             continue  # an output without a sequence axis is of the newest row: another row at each length
         long = long.narrow(axes[0], 0, sequence.shape[1])
@@ -386,47 +401,6 @@ def _symbol(size: Any) -> sympy.Symbol | int:
 def _attribute(model: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
     return getattr(model.get_submodule(owner), name)
-
-
-def admitted_lengths(
-    guards: list[sympy.Basic],
-    length: sympy.Symbol,
-    batch: sympy.Symbol | int,
-    ranges: Any,
-) -> Lengths:
-    """Evaluate the guards at every length up to a horizon and read off range and holes.
-
-    Raises :class:`Unsupported` when the admitted lengths are too sparse to decode through.
-    """
-    every = np.arange(2, _HORIZON + 1, dtype=np.int64)
-    ok = np.ones(every.shape, dtype=bool)
-    if ranges.upper < _HORIZON:
-        ok &= every <= int(ranges.upper)
-    layout = np.ones(every.shape, dtype=bool)  # inequalities exclude single lengths: holes
-    for guard in guards:
-        if length in guard.free_symbols:
-            holds = evaluate_at(guard, {length: every, batch: 3}, every.shape).astype(bool)
-            if isinstance(guard, sympy.Ne):
-                layout &= holds
-            else:
-                ok &= holds
-    admitted = every[ok & layout]
-    if admitted.size == 0:
-        raise Unsupported(Refusal("lengths", "the model's guards admit no length at all"))
-    first, last = int(admitted[0]), int(admitted[-1])
-    inside = (every >= first) & (every <= last)
-    holes = every[inside & ~(ok & layout)]
-    if holes.size > _MOST_HOLES:
-        text = next((str(g) for g in guards if length in g.free_symbols), "")
-        raise Unsupported(
-            Refusal(
-                "lengths",
-                f"the model's control flow admits only some lengths ({admitted.size} of {last}; {text})",
-                hint="avoid branches on the sequence length; pad transforms to 2 * length",
-            )
-        )
-    maximum = None if last == _HORIZON else last
-    return Lengths(first, maximum, frozenset(int(h) for h in holes))
 
 
 def _trace_refusal(error: Exception) -> Refusal:

@@ -185,3 +185,56 @@ def test_tracing_leaves_torch_as_it_was():
     with pytest.raises(Unsupported):
         traced(lambda x: x if x.sum() > 0 else -x)
     assert reference_transforms.math is before
+
+
+class Keeps(nn.Module):
+    """Keeps the filter it computed, and computes it anew only where it is too short."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.linspace(-3, 0, WIDTH, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        n = x.shape[1]
+        if not hasattr(self, "k") or self.k.shape[-1] < n:
+            self.k = torch.exp(-self.rate.exp()[:, None] * torch.arange(max(n, 8)))
+        k = self.k[:, :n]
+        y = torch.fft.irfft(torch.fft.rfft(x.mT, n=2 * n) * torch.fft.rfft(k, n=2 * n), n=2 * n)
+        return y[..., :n].mT, None
+
+
+def test_tracing_leaves_the_model_as_it_was():
+    model, x = Keeps(), features(2, 30, WIDTH)
+    program = trace_module(model, x[:, :9], length=64)
+    assert not hasattr(model, "k")
+    expected, _ = model(x)
+    assert gap(program.run(x)[0], expected) < 1e-12
+    kept = model.k
+    trace_module(model, x[:, :9], length=64)
+    assert model.k is kept
+    assert gap(model(x)[0], expected) == 0
+
+
+class KeepsPositions(nn.Module):
+    """Keeps positions, not weights; its poles grow where they are moved far."""
+
+    def __init__(self):
+        super().__init__()
+        self.pole = nn.Parameter(torch.linspace(0.9, 0.999, WIDTH))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        n = x.shape[1]
+        if not hasattr(self, "t") or self.t.shape[-1] < n:
+            self.t = torch.arange(n)
+        k = self.pole[:, None] ** self.t[:n]
+        y = torch.fft.irfft(torch.fft.rfft(x.mT, n=2 * n) * torch.fft.rfft(k, n=2 * n), n=2 * n)
+        return y[..., :n].mT, None
+
+
+def test_a_model_that_ran_before_is_traced_for_longer():
+    model, x = KeepsPositions(), features(2, 50, WIDTH).float()
+    expected, _ = model(x)
+    program = trace_module(model, x[:, :9], length=200)
+    assert program.lengths.admits(200)
+    assert program.lengths.fewest == 1
+    assert gap(program.run(torch.cat([x, x], 1))[0][:, :50], expected) < 1e-5

@@ -511,3 +511,56 @@ def test_an_exception_in_a_rule_is_a_refusal(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setitem(RULES, "gelu", replace(RULES["gelu"], apply=broken))
     assert [r.kind for r in proof_of(lambda x, k: F.gelu(x)).refusals] == ["internal"]
+
+
+def conv_by_weight(x: Tensor, w: Tensor) -> Tensor:
+    return F.conv1d(F.pad(x.mT, (w.shape[-1] - 1, 0)), w.unsqueeze(1), groups=WIDTH).mT
+
+
+# Tables cut from their end, and tables summed over keys.
+TABLES_RIGHT = {
+    "the end of a table as weight": lambda x, k: conv_by_weight(x, k[:, -x.shape[1] :]),
+    "the end of a part of a table": lambda x, k: conv_by_weight(x, k[:, :60][:, 60 - x.shape[1] : 60]),
+    "the end flipped to a filter": lambda x, k: x * k[:, -x.shape[1] :].flip(-1).mT,
+    "a table's row sums": lambda x, k: x * causal_table(x).sum(-1, keepdim=True),
+}
+TABLES_WRONG = {
+    "the end of a table in its order": lambda x, k: x * k[:, -x.shape[1] :].mT,
+    "the end flipped as weight": lambda x, k: conv_by_weight(x, k[:, -x.shape[1] :].flip(-1)),
+    "column sums": lambda x, k: x * causal_table(x).sum(-2).unsqueeze(-1),
+    "row sums of a whole table": lambda x, k: (
+        x * table_lag(x).double().cos().sum(-1, keepdim=True).to(x.dtype)
+    ),
+    "row sums that look ahead late": lambda x, k: (
+        x * torch.where((table_lag(x) >= 0) | (table_lag(x) < -40), 1.0, 0.0).sum(-1, keepdim=True)
+    ),
+}
+
+
+def table_lag(x: Tensor) -> Tensor:
+    i = torch.arange(x.shape[1])
+    return i[:, None] - i
+
+
+def causal_table(x: Tensor) -> Tensor:
+    """Decided by value alone: zeros above the diagonal that come out of an exponential."""
+    return torch.exp(table_lag(x).masked_fill(table_lag(x) < 0, 0) * -0.1) * (table_lag(x) >= 0).sqrt()
+
+
+@pytest.mark.parametrize("name", TABLES_RIGHT)
+def test_tables_that_are_right_are_proved(name: str) -> None:
+    proof = proof_of(TABLES_RIGHT[name])
+    assert consistent(proof.program)
+    assert accepted(proof), proof.refusals
+
+
+@pytest.mark.parametrize("name", TABLES_WRONG)
+def test_tables_that_are_wrong_are_refused(name: str) -> None:
+    assert not accepted(proof_of(TABLES_WRONG[name]))
+
+
+def test_a_template_is_no_part_of_the_data_path() -> None:
+    proof = proof_of(lambda x, k: (x.cumsum(1) * 2).type_as(x.double()))
+    template = node(proof, "type_as")
+    assert proof.affine_in(template, set(template.all_input_nodes))
+    assert not proof.linear_in(template, {template.args[1]})

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from variations import VARIATIONS, WIDTH
 
 import fi_compile
 from decoding import decoded, decoder, features, gap
+from variations import VARIATIONS, WIDTH
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -18,9 +18,37 @@ from zoo.measure import mixers_of
 LENGTH = 70
 
 # What is found in each, in float64. A model whose mixers get better increments turns its line red.
-FOUND = {}
+FOUND = {
+    "EinopsHyena": "2 long_conv → tiles",
+    "ModuleAttention": "2 attention → kv_cache",
+    "Parametrized": "6 attention → kv_cache, 6 region → history",
+    "CachedFilter": "2 long_conv → tiles",
+    "InPlace": "2 long_conv → tiles",
+    "RunningMax": "2 attention → kv_cache, 2 region → history, 2 scan → running_sum",
+    "LearnedState": "2 long_conv → tiles",
+    "Interpolated": "2 long_conv → tiles",
+    "ComplexLRU": "2 region → history",
+    "MinGRU": "2 region → history, 2 scan → running_sum",
+    "GatedLinearAttention": "6 attention → kv_cache, 2 scan → running_sum",
+    "Autocast": "2 scan → running_sum",
+    "Float32Islands": "2 short_conv → window",
+    "GLUs": "2 region → history",
+    "TokenShifts": "4 attention → kv_cache, 4 region → history, 6 short_conv → window",
+    "RelativeBias": "4 attention → kv_cache",
+    "StridedMemory": "2 scan → running_sum",
+    "EncoderStack": "2 region → history",
+}
 # The kind of the first refusal. A fix turns its line red.
-REFUSED = {}
+REFUSED = {
+    "PackedSlopes": "non_causal",  # heads merged into the batch meet an expanded mask; and -1e9 is no -inf
+    "MaxPool": "trace",  # torch.export pins the length in max_pool1d
+    "ChunkedLinear": "lengths",  # the length is padded to a multiple of 8
+    "DeltaRule": "unknown_operator",  # solve_triangular has no rule
+    "SelectiveSSM": "plan",  # a running sum over the queries of a matrix
+    "RolledMask": "misaligned",  # a cyclic sequence times a mask
+    "FlashStyleMask": "mixes_positions",  # -10000 is no -inf
+    "ChunkedBranch": "lengths",  # the same behind a branch
+}
 # Sound to float32 only: they compute in a lower precision inside, whatever their type is.
 ROUGH = {"Float32Islands"}
 

@@ -31,7 +31,7 @@ REFUSED = {
     "Everything": "lengths",  # it contains H3
 }
 WRITTEN = read_table((ROOT / "docs" / "zoo.md").read_text())
-DECODED = [name for name in ZOO if name not in REFUSED and (name != PACKAGE or INSTALLED)]
+DECODED = [name for name in WRITTEN if name not in REFUSED and (name != PACKAGE or INSTALLED)]
 # Quick ones, of different families; the others are slow.
 QUICK = {"Hyena, order 3", "S4D", "RWKV", "Llama", "Based", "RTF, fixed grid"}
 by_speed = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in DECODED]

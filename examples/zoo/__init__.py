@@ -44,7 +44,8 @@ class Entry:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.build()
-        return awaken(model, seed).to(dtype).eval()
+        model = awaken(model, seed).eval()
+        return model.double() if dtype == torch.float64 else model  # .to() would cut complex buffers to real
 
     def sequence(self, batch: int, length: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
         """Random input; a longer one begins with the shorter."""

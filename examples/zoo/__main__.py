@@ -14,8 +14,10 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "zoo.md"
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What becomes of published architectures.")
     parser.add_argument("names", nargs="*", help="parts of names; all without")
-    parser.add_argument("--write", action="store_true", help="write docs/zoo.md")
+    parser.add_argument("--write", action="store_true", help="write docs/zoo.md; needs all names")
     args = parser.parse_args(argv)
+    if args.write and args.names:
+        parser.error("--write needs the whole zoo")
     chosen = [n for n in ZOO if not args.names or any(part.lower() in n.lower() for part in args.names)]
     rows = []
     for name in chosen:

@@ -17,8 +17,7 @@ What becomes of published architectures, each written the way its authors write 
 `python -m examples.zoo`, checked by the tests.
 
 - Mixers: how many values of the model look back along the sequence, as `kind → lowering`.
-- float64: the decoder's largest error at any position, {length} in all, relative to the largest logit;
-  the prompt has {prompt}.
+- float64: the decoder's largest error at any of {length} positions, after a prompt of {prompt}, by the largest logit.
 - float32: the same against the model in float64, in units of the plain float32 forward's own error.
 
 | architecture | mixers | verdict | float64 | float32 |
