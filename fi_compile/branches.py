@@ -1,9 +1,9 @@
-"""Branches on the length: whether the model does the same to its data below the range a trace is valid for.
+"""Branches on the length: whether the model does the same to its data where a trace is not valid.
 
-A trace records Python's control flow for the length it met; its guards say from which length on. What happens at
-shorter lengths is compared on random input (:func:`fi_compile.capture.disagreements`), which shows nothing of an
-operator that matters for rare values only. So the model is traced there too: if the same operators are applied
-to the data, and only sizes and tables differ, random input says all there is to say.
+A trace records Python's control flow for the length it met; its guards say from which length on, or for which of
+every k lengths. What happens at the others is compared on random input (:func:`fi_compile.capture.disagreements`),
+which shows nothing of an operator that matters for rare values only. So the model is traced there too: if the same
+operators are applied to the data, and only sizes, paddings and tables differ, random input says all there is to say.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ _SHORTEST_TRACED = 3  # torch.export pins shorter ones
 # Operators whose integers are sizes and places, never factors or exponents.
 _SIZED = frozenset(
     {
-        "view", "reshape", "_unsafe_view", "expand", "slice", "narrow", "constant_pad_nd", "pad", "roll",
+        "view", "reshape", "_unsafe_view", "expand", "roll", "unflatten", "split", "chunk",
         "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft",
     }
 )  # fmt: skip
+# Operators that move data and compute nothing: one graph may have them where another has not.
+_MOVES = frozenset(
+    {"slice", "narrow", "constant_pad_nd", "pad", "clone", "contiguous", "_assert_tensor_metadata"}
+)
 
 
 def same_below(program: Program, trace: Callable[[int], Program]) -> int:
@@ -43,6 +47,20 @@ def same_below(program: Program, trace: Callable[[int], Program]) -> int:
             return top
         top = below.lengths.minimum
     return top
+
+
+def same_between(program: Program, trace: Callable[[int], Program], near: int) -> bool:
+    """Whether the model applies the program's operators to its data at the lengths its period leaves out."""
+    lengths = program.lengths
+    missing = [n for n in range(near, near + lengths.period) if n % lengths.period in lengths.left_out]
+    for _ in range(_MOST_RANGES):
+        if not missing:
+            return True
+        other = _range_with(missing[0], trace)
+        if other is None or not _alike(program, other):
+            return False
+        missing = [n for n in missing[1:] if not other.lengths.admits(n)]
+    return False
 
 
 def _range_with(length: int, trace: Callable[[int], Program]) -> Program | None:
@@ -64,6 +82,7 @@ def _alike(program: Program, other: Program) -> bool:
     if len(ours) != len(theirs):
         return False
     partner: dict[fx.Node, fx.Node] = {program.sequence: other.sequence}
+    moved = {**_unmoved(program), **_unmoved(other)}
 
     def match(a: Any, b: Any, sized: bool) -> bool:
         ours, spec = pytree.tree_flatten(a)
@@ -75,7 +94,7 @@ def _alike(program: Program, other: Program) -> bool:
             return True
         if isinstance(x, fx.Node) and isinstance(y, fx.Node):
             if x in program.input_dependent or y in other.input_dependent:
-                return partner.get(x) is y
+                return partner.get(moved.get(x, x)) is moved.get(y, y)
             return True  # two tables: compared by what comes of them
         return type(x) is type(y) and x == y
 
@@ -89,7 +108,20 @@ def _alike(program: Program, other: Program) -> bool:
 
 def _data_nodes(program: Program) -> list[fx.Node]:
     data = program.input_dependent
-    return [n for n in program.graph.nodes if n in data and n is not program.sequence]
+    return [
+        n
+        for n in program.graph.nodes
+        if n in data and n is not program.sequence and operator_name(n.target) not in _MOVES
+    ]
+
+
+def _unmoved(program: Program) -> dict[fx.Node, fx.Node]:
+    """What each moved value was before it was moved."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if operator_name(node.target) in _MOVES and isinstance(node.args[0], fx.Node):
+            found[node] = found.get(node.args[0], node.args[0])
+    return found
 
 
 def _is_size(value: Any) -> bool:

@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from .branches import same_below
+from .branches import same_below, same_between
 from .errors import Refusal, Unsupported
 from .guards import admitted_lengths
 from .program import Input, Kind, Program, as_expr
@@ -64,6 +64,9 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
         if not odd:
             with _attributes_kept(model):
                 fewest = same_below(program, lambda n: _trace_at(model, example, n))
+                if not same_between(program, lambda n: _trace_at(model, example, n), trace_length):
+                    failures.append(_sparse(program))
+                    continue
             program = replace(program, lengths=replace(program.lengths, fewest=fewest))
             if length is None or program.lengths.at_least(length) is not None:
                 return program
@@ -84,6 +87,16 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
             "length_dependent",
             "the model computes different functions at different lengths, none of which covers the example",
             hint="avoid branches on the sequence length",
+        )
+    )
+
+
+def _sparse(program: Program) -> Unsupported:
+    return Unsupported(
+        Refusal(
+            "lengths",
+            f"the model does something else at some of every {program.lengths.period} lengths",
+            hint="let a branch on the length choose sizes only: pad and cut, nothing else",
         )
     )
 
@@ -149,13 +162,13 @@ def disagreements(program: Program, model: nn.Module) -> list[int]:
     """Lengths the graph is not meant for (below its range, and its holes) where it differs from the model.
 
     There the graph is never run by itself: positions are reached through a longer run, cut by prefix-consistency.
-    Lengths below 512 and holes are all compared, longer ranges at an even sample; parameters are moved from where
-    they are, so that one that happens to be zero hides nothing.
+    Lengths below 512 and single holes are all compared, longer ranges at an even sample; parameters are moved from
+    where they are, so that one that happens to be zero hides nothing.
     """
     low = program.lengths.minimum
     stride = max(1, low // _MOST_COMPARED)
     below = [n for n in range(1, low) if n < 64 or n >= low - 2 or n & (n - 1) == 0 or n % stride == 0]
-    tested = sorted({*below, *program.lengths.holes})
+    tested = sorted({*below, *program.lengths.excluded(_MOST_COMPARED), *program.lengths.holes})
     if not tested:
         return []
     longer = program.lengths.at_least(tested[-1] + 1)
@@ -237,16 +250,19 @@ def _equal_prefix(
         if len(axes) != 1:
             continue  # an output without a sequence axis is of the newest row: another row at each length
         long = long.narrow(axes[0], 0, sequence.shape[1])
-        if short.shape != long.shape or not _roughly_equal(short, long):
+        if short.shape != long.shape or not _roughly_equal(short, long, whole[node]):
             return False
     return True
 
 
-def _roughly_equal(short: Tensor, long: Tensor) -> bool:
+def _roughly_equal(short: Tensor, long: Tensor, whole: Tensor | None = None) -> bool:
+    """Equal up to rounding at the scale of ``long``, or a hundredth of the ``whole`` it is a part of."""
     if not short.is_floating_point():
         return bool(torch.equal(short, long))
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(short.dtype, 0.1)
     scale = float(long.abs().max()) if long.numel() else 0.0
+    if whole is not None and whole.numel():
+        scale = max(scale, 0.01 * float(whole.abs().max()))
     return bool(((short - long).abs() <= tolerance * max(scale, 1e-30)).all())
 
 

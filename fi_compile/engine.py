@@ -408,7 +408,7 @@ class Engine:
     def _below_range(self, program: Program) -> Program:
         """The program for new weights, with the positions below which the model differs from it."""
         lengths = program.lengths
-        if self.model is None or (lengths.minimum <= 2 and not lengths.holes):
+        if self.model is None or (lengths.minimum <= 2 and not lengths.holes and not lengths.left_out):
             return program
         odd = disagreements(program, self.model)
         return replace(program, lengths=replace(lengths, fewest=max(odd) + 1)) if odd else program
@@ -485,7 +485,7 @@ class Engine:
             found = lane.step(sequence[:, t : t + 1], lambda: step(lane.tensors, widen_call))
             for node, value in zip(self.program.outputs, found, strict=True):
                 expected = self._expected(node, t)
-                if expected is not None and not agrees(value, expected, 1e-9):
+                if expected is not None and not agrees(value, expected, 1e-9, values[node]):
                     raise Unsupported(
                         Refusal(
                             "internal",

@@ -15,6 +15,8 @@ from .symbolic import evaluate_at
 _HORIZON = 1 << 21
 _FIRST_HORIZON = 1 << 12
 _MOST_HOLES = 64
+_LONGEST_PERIOD = 1024
+_IRREGULAR = 512  # short lengths that need not follow the period
 
 
 def admitted_lengths(
@@ -23,7 +25,7 @@ def admitted_lengths(
     batch: sympy.Symbol | int,
     ranges: Any,
 ) -> Lengths:
-    """Evaluate the guards at every length up to a horizon and read off range and holes.
+    """Evaluate the guards at every length up to a horizon and read off range, holes and period.
 
     Raises :class:`Unsupported` when the admitted lengths are too sparse to decode through.
     """
@@ -49,13 +51,19 @@ def _admitted_upto(
                 layout &= holds
             else:
                 ok &= holds
-    admitted = every[ok]
+    admitted = every[ok & layout]
     if admitted.size == 0:
         return None
-    first, last = int(admitted[0]), int(admitted[-1])
+    first, last = int(every[ok][0]), int(admitted[-1])
     inside = (every >= first) & (every <= last)
-    holes = every[inside & ~(ok & layout)]
-    if holes.size > _MOST_HOLES:
+    lengths, missing = every[inside], ~(ok & layout)[inside]
+    maximum = None if last == horizon else last
+    period, left_out = 1, np.zeros(0, dtype=np.int64)
+    if missing.sum() > _MOST_HOLES:
+        period = _period(missing)
+        left_out = np.unique(lengths[missing][-_LONGEST_PERIOD:] % max(period, 1))
+    holes = lengths[missing & ~np.isin(lengths % max(period, 1), left_out)]
+    if period == 0 or left_out.size == period > 1 or holes.size > _MOST_HOLES:
         text = next((str(g) for g in guards if length in g.free_symbols), "")
         raise Unsupported(
             Refusal(
@@ -64,5 +72,19 @@ def _admitted_upto(
                 hint="avoid branches on the sequence length; pad transforms to 2 * length",
             )
         )
-    maximum = None if last == horizon else last
-    return Lengths(first, maximum, frozenset(int(h) for h in holes))
+    return Lengths(
+        first,
+        maximum,
+        frozenset(int(h) for h in holes),
+        period=period,
+        left_out=frozenset(map(int, left_out)),
+    )
+
+
+def _period(missing: np.ndarray) -> int:
+    """The least period of the pattern of missing lengths, or 0 where there is none."""
+    tail = missing[min(_IRREGULAR, missing.size // 4) :]
+    for period in range(2, min(_LONGEST_PERIOD, tail.size // 2) + 1):
+        if bool((tail[period:] == tail[:-period]).all()):
+            return period
+    return 0

@@ -56,24 +56,36 @@ class Lengths:
     ``guards`` are sympy relations in ``length`` and ``batch`` recorded while tracing. ``minimum`` is the
     shortest length the graph itself may run at (shorter ones are reached by prefix-consistency),
     ``maximum`` the longest any guard admits (``None``: unbounded), ``holes`` single lengths inside that
-    range a guard excludes. Below ``fewest`` positions the model computes another function than the graph.
+    range a guard excludes. Of every ``period`` lengths those whose remainder is in ``left_out`` are excluded too
+    (``if s % 2``). Below ``fewest`` positions the model computes another function than the graph.
     """
 
     minimum: int = 1
     maximum: int | None = None
     holes: frozenset[int] = frozenset()
     fewest: int = 1
+    period: int = 1
+    left_out: frozenset[int] = frozenset()
 
     def upto(self, capacity: int) -> np.ndarray:
         """All admitted lengths 1…capacity, ascending, as int64."""
         top = capacity if self.maximum is None else min(capacity, self.maximum)
         lengths = np.arange(self.minimum, top + 1, dtype=np.int64)
+        if self.left_out:
+            lengths = lengths[~np.isin(lengths % self.period, list(self.left_out))]
         return lengths[~np.isin(lengths, list(self.holes))] if self.holes else lengths
+
+    def excluded(self, upto: int) -> list[int]:
+        """Lengths inside the range, up to ``upto``, at which the graph may not run."""
+        top = upto if self.maximum is None else min(upto, self.maximum)
+        single = [h for h in self.holes if h <= top]
+        often = range(self.minimum, top + 1) if self.left_out else ()
+        return sorted({*single, *(n for n in often if n % self.period in self.left_out)})
 
     def at_least(self, length: int) -> int | None:
         """The smallest admitted length from ``length`` on, or None."""
         length = max(length, self.minimum)
-        while length in self.holes:
+        while length in self.holes or length % self.period in self.left_out:
             length += 1
         return length if self.admits(length) else None
 
@@ -83,6 +95,7 @@ class Lengths:
             length >= self.minimum
             and (self.maximum is None or length <= self.maximum)
             and length not in self.holes
+            and length % self.period not in self.left_out
         )
 
 

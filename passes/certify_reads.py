@@ -181,7 +181,7 @@ class _Trial:
                 expected = take_row(expected, axis, t)
                 if self.unit.binding == "region":
                     found = take_row(found, axis, t)
-        return agrees(found, expected, _TOLERANCE)
+        return agrees(found, expected, _TOLERANCE, whole)
 
     def _given(self, node: fx.Node, demand: Demand, t: int, value: Tensor) -> Tensor:
         for axis, kind in zip(self.axes(node).rows, demand, strict=True):

@@ -23,7 +23,7 @@ from fi_compile.units import ALL, NEW, Demand, Plan, Unit, closure, run_unit, ta
 
 Recognise = Callable[[Consistency, Unit, fx.Node], Any]
 _TOLERANCE = 1e-9
-_MOST_ABSORBED = 3
+_MOST_ABSORBED = 12
 
 
 def plan_demands(
@@ -251,7 +251,7 @@ class _Planner:
                 if found.shape[axis] != self.n:
                     return False
                 found = found.narrow(axis, 0, t + 1)
-        return agrees(found, expected, _TOLERANCE)
+        return agrees(found, expected, _TOLERANCE, self.values[unit.exit])
 
     def lists(self, unit: Unit) -> dict[int, int]:
         return {

@@ -152,8 +152,13 @@ def narrowed(value: Tensor, axes: tuple[int, ...], length: int) -> Tensor:
     return value
 
 
-def agrees(found: Any, expected: Tensor, tolerance: float = _TOLERANCE) -> bool:
-    """Equal shapes and dtypes, equal infinities and NaNs, finite parts within tolerance of the scale."""
+def agrees(
+    found: Any, expected: Tensor, tolerance: float = _TOLERANCE, whole: Tensor | None = None
+) -> bool:
+    """Equal shapes and dtypes, equal infinities and NaNs, finite parts within tolerance of the scale.
+
+    The scale is that of ``expected``, or of ``whole`` where that is a part of it: a single row may be zero.
+    """
     if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     if not (found.is_floating_point() or found.is_complex()):
@@ -169,6 +174,8 @@ def agrees(found: Any, expected: Tensor, tolerance: float = _TOLERANCE) -> bool:
     if expected.numel() == 0:
         return True
     scale = float(expected.abs().max())
+    if whole is not None:
+        scale = max(scale, float(whole[torch.isfinite(whole)].abs().max()))
     return float((found - expected).abs().max()) <= tolerance * scale
 
 
