@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .mixers.convolution import Filter
+from .mixers.convolution import Convolution
 from .mixers.stack import FilterBank
 from .program import Program, Rewrite
 from .step import StepProgram
@@ -49,7 +50,7 @@ class Derived:
 def derive(
     step: StepProgram,
     values: Mapping[str, Tensor],
-    filters: Mapping[str, Filter],
+    filters: Mapping[str, Any],
     *,
     dtype: torch.dtype,
     block: int,
@@ -58,14 +59,20 @@ def derive(
 ) -> Derived:
     """Evaluate everything that does not depend on the sequence, up to the step's capacity.
 
-    ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, were extracted in double
-    precision and are rounded here, once, to ``dtype``.
+    ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, are what each mixer derived in
+    double precision, rounded here, once, to ``dtype``.
     """
     constants: dict[str, Tensor] = {}
     tables: dict[str, Tensor] = {}
     references: dict[str, dict[str, Tensor]] = {}
     for mixer in step.mixers:
         found = filters[mixer.name]
+        window = step.windows.get(mixer.name)
+        if window is not None:
+            weights = window.weights(found, dtype)
+            constants |= {f"{key}:{mixer.name}": tensor for key, tensor in weights.items()}
+        if not isinstance(mixer, Convolution):
+            continue
         reference = {"kernel": found.kernel.to(dtype)}
         if mixer.gather is not None:
             reference["source"] = mixer.gather
@@ -76,10 +83,6 @@ def derive(
                 constants[f"offset:{mixer.name}"] = reference["offset"][:, 0].contiguous()
             else:
                 tables[f"offset:{mixer.name}"] = reference["offset"].t().contiguous()
-        window = step.windows.get(mixer.name)
-        if window is not None:
-            weights = window.weights(found, dtype)
-            constants |= {f"{key}:{mixer.name}": tensor for key, tensor in weights.items()}
         references[mixer.name] = reference
     bank = _bank(step, filters, dtype, block)
     if bank is not None:
@@ -91,7 +94,7 @@ def derive(
 
 
 def _bank(
-    step: StepProgram, filters: Mapping[str, Filter], dtype: torch.dtype, block: int
+    step: StepProgram, filters: Mapping[str, Any], dtype: torch.dtype, block: int
 ) -> FilterBank | None:
     if not step.stacked:
         return None

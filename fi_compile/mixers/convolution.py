@@ -7,7 +7,7 @@ channelwise and shift-invariant its response h to an impulse at position 0 is it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -68,6 +68,15 @@ class Convolution:
     def name(self) -> str:
         """The name of the node whose value the convolution makes."""
         return self.unit.exit.name
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The values it reads."""
+        return (self.x,)
+
+    def flatten(self, values: Sequence[Tensor]) -> Tensor:
+        """Whole values of the inputs as [B, Cin, n]."""
+        return self.layout_in.flatten(values[0])
 
     @cached_property
     def gather(self) -> Tensor | None:
@@ -172,7 +181,7 @@ def recognise(analysis: Consistency, unit: Unit, x: fx.Node, length: int) -> Con
     """
     if not _only_x_is_data(analysis, unit, x):
         return None
-    layout_in, layout_out = _layout(analysis, x), _layout(analysis, unit.exit)
+    layout_in, layout_out = layout_of(analysis, x), layout_of(analysis, unit.exit)
     if layout_in is None or layout_out is None:
         return None
     n = analysis.longest
@@ -183,7 +192,7 @@ def recognise(analysis: Consistency, unit: Unit, x: fx.Node, length: int) -> Con
         return None
     if source is None:
         return None
-    behind = _parameters_behind(analysis.program, unit, x)
+    behind = parameters_behind(analysis.program, [n for n in unit.reads if n is not x])
     return Convolution(analysis.program, unit, x, "long_conv", layout_in, layout_out, source, length, behind)
 
 
@@ -209,7 +218,7 @@ def _only_x_is_data(analysis: Consistency, unit: Unit, x: fx.Node) -> bool:
     return all(n is x or n not in program.input_dependent for n in unit.reads)
 
 
-def _layout(analysis: Consistency, node: fx.Node) -> Layout | None:
+def layout_of(analysis: Consistency, node: fx.Node) -> Layout | None:
     axes = analysis.axes[node]
     if len(axes.rows) != 1 or len(axes.batch) > 1 or not node.meta["val"].is_floating_point():
         return None
@@ -330,10 +339,10 @@ def _is_constant(kernel: Tensor) -> bool:
     return bool(((kernel - first).abs() <= _NOISE * 100 * first.abs()).all()) and bool(first.any())
 
 
-def _parameters_behind(program: Program, unit: Unit, x: fx.Node) -> tuple[str, ...]:
-    """The attribute paths of the parameters the filter is computed from."""
+def parameters_behind(program: Program, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    """The attribute paths of the parameters that values, such as a filter's, are computed from."""
     seen: set[fx.Node] = set()
-    stack = [n for n in unit.reads if n is not x]
+    stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in seen:
