@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fi_compile.facts import is_number
 from fi_compile.kernels.linear_attention import Contraction, attention_reference
 from fi_compile.passes.propose_consistency import Consistency
 from fi_compile.passes.prove_prefix import Proof
 from fi_compile.program import Program, is_tensor
-from fi_compile.twin import widen_call
+from fi_compile.twin import widen, widen_call
 from fi_compile.units import Unit, run_unit
 
 from .convolution import FilterGrew, layout_of, parameters_behind
@@ -219,7 +220,7 @@ class Group:
     ) -> dict[fx.Node, Any]:
         """All values inside. ``values`` are what the operands stand for in the products, each in its layout.
 
-        ``queries``: the dimension of a node along which there is one row, the newest, of its two sequence axes.
+        ``queries``: the dimension of each node along which there is one row, the newest.
         """
         env: dict[fx.Node, Any] = {**self.given, **(tables or {})}
         scale: dict[fx.Node, Tensor] = {}
@@ -270,20 +271,22 @@ def recognise_group(
     if operands is None or layout_out is None:
         return None
     try:
-        return _read(group, operands, layout_out)
+        return _read(group, operands, layout_out, proof)
     except (RuntimeError, IndexError, ValueError, TypeError, FilterGrew):
         return None
 
 
 def _is_plain(group: Group, proof: Proof) -> bool:
-    """Whether all values are certified, and only the exit mixes positions."""
-    known = group.analysis.consistent
+    """Whether what enters is certified, and only one operator mixes positions."""
+    known, axes = group.analysis.consistent, group.analysis.axes
+    mixing = [n for n in group.nodes if not proof.row_local(n)]
     return (
         len(group.ones) > 1
         and bool(group.two_axes)
-        and all(n in known or n.op == "placeholder" for n in group.boundary)
-        and all(n in known for n in group.nodes if is_tensor(n))
-        and all(proof.row_local(n) and len(group.analysis.axes[n].rows) == 2 for n in group.nodes[:-1])
+        and all(n in known or n.op == "placeholder" for n in (*group.boundary, group.unit.exit))
+        and all(is_tensor(n) and axes[n].fixed and len(axes[n].rows) in (1, 2) for n in group.nodes)
+        and len(mixing) == 1
+        and mixing[0] in proof.facts
     )
 
 
@@ -336,7 +339,9 @@ def _factor(group: Group, node: fx.Node, proof: Proof) -> fx.Node | None:
         return None
 
 
-def _read(group: Group, operands: tuple[Operand, ...], layout_out: Layout) -> LinearAttention | None:
+def _read(
+    group: Group, operands: tuple[Operand, ...], layout_out: Layout, proof: Proof
+) -> LinearAttention | None:
     generator = torch.Generator().manual_seed(13)
 
     def noise(operand: Operand) -> Tensor:
@@ -376,7 +381,7 @@ def _read(group: Group, operands: tuple[Operand, ...], layout_out: Layout) -> Li
     found = LinearAttention(
         group.program, group.analysis, group.unit, operands, layout_out, how, behind
     )
-    return found if _entries_agree(group, found, noise) and _samples_agree(group, found, noise) else None
+    return found if _entries_agree(group, found, noise, proof) and _samples_agree(group, found, noise) else None
 
 
 def _with_letters(
@@ -454,13 +459,15 @@ def _lags(
     return [found[:, lag].reshape(how.shape(how.out)) for lag in range(count)]
 
 
-def _entries_agree(group: Group, found: LinearAttention, noise: Callable[..., Tensor]) -> bool:
+def _entries_agree(
+    group: Group, found: LinearAttention, noise: Callable[..., Tensor], proof: Proof
+) -> bool:
     """Whether the group is one product an entry, for any tables: R[t, j]·⟨queries[t], keys[j] ⊗ …⟩.
 
-    With random numbers for all tables of two axes, R is read off key by key; then random operands are compared.
+    With random numbers for the tables of two axes, R is read off key by key; then random operands are compared.
     """
     generator = torch.Generator().manual_seed(17)
-    tables = {t: scrambled(group.given[t], generator) for t in group.two_axes}
+    tables = _scrambled(group, proof, generator)
     operands, how, n = found.operands, found.how, group.length
     columns = []
     for j in range(n):
@@ -480,6 +487,22 @@ def _entries_agree(group: Group, found: LinearAttention, noise: Callable[..., Te
     terms = ["Y" + x + "T" for x in how.queries] + ["Y" + x + "Z" for x in how.keys] + [how.out + "TZ"]
     expected = torch.einsum(",".join(terms) + "->Y" + how.out + "T", *queries, *keys, entries)
     return _close(actual, expected.reshape(actual.shape))
+
+
+def _uniform(group: Group, proof: Proof) -> dict[fx.Node, Tensor]:
+    """The tables of two axes that are certified to be one number, as that number."""
+    fills = {t: proof.facts[t].fill for t in group.two_axes if t in proof.facts}
+    return {
+        t: torch.full([1] * t.meta["val"].dim(), fill, dtype=widen(t.meta["val"].dtype), device=t.meta["val"].device)
+        for t, fill in fills.items()
+        if is_number(fill)
+    }
+
+
+def _scrambled(group: Group, proof: Proof, generator: torch.Generator) -> dict[fx.Node, Tensor]:
+    """Random numbers for the other tables of two axes."""
+    uniform = _uniform(group, proof)
+    return {t: scrambled(group.given[t], generator) for t in group.two_axes if t not in uniform}
 
 
 def _canonical(operands: Sequence[Operand], values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -518,9 +541,10 @@ def _row_agrees(found: LinearAttention, lag_tables: LagTables) -> bool:
     analysis, unit, how = found.analysis, found.unit, found.how
     weights = found.derive(lag_tables.values, lag_tables.capacity)
     trial = Group(analysis, unit, analysis.parameters, analysis.lengths[0])
-    queries_at = _query_axes(trial, found)
-    tables = {t: lag_tables.row(t, queries_at[t]) for t in trial.two_axes}
-    fixed = {t: lag_tables.constant(t) for t in trial.tables if t not in tables}
+    queries_at = _query_axes(trial, found, lag_tables.proof)
+    fixed = _uniform(trial, lag_tables.proof)
+    tables = {t: lag_tables.row(t, queries_at[t]) for t in trial.two_axes if t not in fixed}
+    fixed |= {t: lag_tables.constant(t) for t in trial.tables if t not in trial.two_axes}
     generator = torch.Generator().manual_seed(19)
     capacity = lag_tables.capacity
     rounding = max(_TOLERANCE, 64 * torch.finfo(torch.float64).eps * capacity)
@@ -552,17 +576,17 @@ def _row_agrees(found: LinearAttention, lag_tables: LagTables) -> bool:
     return True
 
 
-def _query_axes(group: Group, found: LinearAttention) -> dict[fx.Node, int]:
-    """Of every value of two sequence axes, the dimension that runs along the queries.
+def _query_axes(group: Group, found: LinearAttention, proof: Proof) -> dict[fx.Node, int]:
+    """Of every value inside, the dimension that runs along the queries; -1 where none does.
 
     One row of the queries, or of the keys, is replaced: a value moves in that row only, of the one or the other dimension.
     A table's row moves the same row of the exit if it is a query's. Raises :class:`FollowsPosition` where that is not so.
     """
     generator = torch.Generator().manual_seed(29)
-    tables = {t: scrambled(group.given[t], generator) for t in group.two_axes}
+    tables = _scrambled(group, proof, generator)
     values = [_noise(group, o, generator) for o in found.operands]
     row = group.length // 2
-    axes = {n: group.analysis.axes[n].rows for n in (*group.nodes, *tables) if is_tensor(n)}
+    axes = {n: group.analysis.axes[n].rows for n in (*group.nodes, *tables)}
     (time,) = axes[group.unit.exit]
     before = group.values(found.operands, values, tables)
 
@@ -578,16 +602,17 @@ def _query_axes(group: Group, found: LinearAttention) -> dict[fx.Node, int]:
             for o, v in zip(found.operands, values, strict=True)
         ]
         after = group.values(found.operands, other, tables)
-        for node in group.nodes[:-1]:
+        for node in group.nodes:
             axis = moved(node, after[node])
             if axis is not None:
-                result.setdefault(node, axis if newest else next(a for a in axes[node] if a != axis))
+                others = (a for a in axes[node] if a != axis)
+                result.setdefault(node, axis if newest else next(others, -1))
     for table, value in tables.items():
         for axis in axes[table]:
             trial = {**tables, table: changed(value, axis, row)}
             if moved(group.unit.exit, group.run(found.operands, values, trial)) == time:
                 result[table] = axis
-    if not all(n in result for n in (*group.nodes[:-1], *tables)):
+    if not all(n in result for n in (*group.nodes, *tables)):
         raise FollowsPosition(group.unit.exit.name)
     return result
 
