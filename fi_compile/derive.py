@@ -13,6 +13,7 @@ from .mixers.convolution import Convolution
 from .mixers.stack import FilterBank
 from .program import Program, Rewrite
 from .step import StepProgram
+from .twin import widen
 from .units import ALL
 
 
@@ -118,7 +119,8 @@ def _add_tables(
     program: Program = step.program
     example = program.example
     shape = (batch, step.capacity, *example.shape[2:])
-    sequence = example.new_zeros((1,) * len(shape)).expand(shape)
+    dtype = example.dtype if rewrite is None else widen(example.dtype)
+    sequence = example.new_zeros((1,) * len(shape), dtype=dtype).expand(shape)
     nodes: list[fx.Node] = list(step.plan.tables)
     with torch.no_grad():
         found = program.evaluate(sequence, values, keep=nodes, rewrite=rewrite)

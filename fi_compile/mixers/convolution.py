@@ -18,7 +18,7 @@ from fi_compile.errors import Refusal, Unsupported
 from fi_compile.kernels.modes import Modes
 from fi_compile.passes.propose_consistency import Consistency
 from fi_compile.program import Program, is_tensor, source_of
-from fi_compile.twin import widen_call
+from fi_compile.twin import widen, widen_call
 from fi_compile.units import Unit, run_unit
 
 from .layout import Layout
@@ -155,7 +155,7 @@ class UnitFunction:
         if batch not in self._fixed:
             example = self.program.example
             shape = (batch, self.length, *example.shape[2:])
-            sequence = example.new_zeros((1,) * len(shape)).expand(shape)
+            sequence = example.new_zeros((1,) * len(shape), dtype=widen(example.dtype)).expand(shape)
             others = [n for n in self.unit.reads if n is not self.x]
             self._fixed[batch] = self.program.evaluate(sequence, self.values, keep=others, rewrite=widen_call)
         return self._fixed[batch]

@@ -66,7 +66,7 @@ class LagTables:
     def _evaluated(self, node: fx.Node) -> Tensor:
         example = self.program.example
         shape = (self.batch, self.capacity, *example.shape[2:])
-        sequence = example.new_zeros((1,) * len(shape)).expand(shape)
+        sequence = example.new_zeros((1,) * len(shape), dtype=widen(example.dtype)).expand(shape)
         with torch.no_grad():
             return self.program.evaluate(sequence, self.values, keep=[node], rewrite=widen_call)[node]
 

@@ -166,7 +166,7 @@ class LinearAttention:
         """
         try:
             return _row_agrees(self, LagTables(self.analysis, proof, values, capacity))
-        except (FollowsPosition, FilterGrew):
+        except (RuntimeError, IndexError, ValueError, TypeError, FollowsPosition, FilterGrew):
             return False
 
 
@@ -192,7 +192,7 @@ class Group:
     def _given(self, values: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
         example = self.program.example
         shape = (self.batch, self.length, *example.shape[2:])
-        sequence = example.new_zeros((1,) * len(shape)).expand(shape)
+        sequence = example.new_zeros((1,) * len(shape), dtype=widen(example.dtype)).expand(shape)
         with torch.no_grad():
             return self.program.evaluate(sequence, values, keep=self.tables, rewrite=widen_call)
 
@@ -265,12 +265,12 @@ def recognise_group(
     group = Group(analysis, unit, None, analysis.lengths[0])
     if not _is_plain(group, proof):
         return None
-    group = Group(analysis, unit, analysis.parameters, analysis.lengths[0])
     operands = _operands(group, proof, is_affine)
     layout_out = layout_of(analysis, unit.exit)
     if operands is None or layout_out is None:
         return None
     try:
+        group = Group(analysis, unit, analysis.parameters, analysis.lengths[0])
         return _read(group, operands, layout_out, proof)
     except (RuntimeError, IndexError, ValueError, TypeError, FilterGrew):
         return None
