@@ -94,9 +94,7 @@ def derive(
     return Derived(step, values, dtype, block, bank, constants, tables, references, rewrite is not None)
 
 
-def _bank(
-    step: StepProgram, filters: Mapping[str, Any], dtype: torch.dtype, block: int
-) -> FilterBank | None:
+def _bank(step: StepProgram, filters: Mapping[str, Any], dtype: torch.dtype, block: int) -> FilterBank | None:
     if not step.stacked:
         return None
     kernels = torch.cat([filters[m.name].kernel for m in step.stacked]).to(dtype)

@@ -91,7 +91,11 @@ class Engine:
         self.plan: Plan = self._timed("analyse", self._plan, program=self.program, rewrites=0)
         self.check_step()
         derived = self._timed("derive", lambda: self.derived(1), rewrites=0)
-        self._timed("raise", lambda: self.raised(derived), rewrites=len(derived.step.mixers))
+        self._timed(
+            "raise",
+            lambda: self.raised(derived),
+            rewrites=sum(m.reference is not None for m in derived.step.mixers),
+        )
 
     def _plan(self) -> Plan:
         proof = self.proof
@@ -177,7 +181,9 @@ class Engine:
             for values in (analysis.parameters, self.double_values)
         ):
             return None
-        self.verdicts[found.name] = "proved linear, its weights a function of the lag; equals its recurrence at all lags"
+        self.verdicts[found.name] = (
+            "proved linear, its weights a function of the lag; equals its recurrence at all lags"
+        )
         return found
 
     @cached_property
@@ -417,7 +423,9 @@ class Engine:
     def forward(self, sequence: Tensor, derived: Derived) -> tuple[list[Any], dict[str, Tensor]]:
         """One pass over a whole sequence: the flat outputs, and the values a lane is filled with."""
         program = self.raised(derived)
-        wanted = {x.name for m in derived.step.mixers for x in m.inputs} | {n.name for n in self.plan.histories}
+        wanted = {x.name for m in derived.step.mixers for x in m.inputs} | {
+            n.name for n in self.plan.histories
+        }
         taps = {name: program.nodes[name] for name in wanted}
         outputs = [o for o in program.outputs if isinstance(o, fx.Node)]
         with torch.no_grad():

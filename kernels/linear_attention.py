@@ -82,7 +82,8 @@ def attention_step(
 ) -> tuple[Tensor, Tensor]:
     """The output [B, …out] at a new position, and the state after it.
 
-    ``state``: [B, …state] before it; queries and keys [B, …letters]; coefficients [(1 or size) …state].
+    ``state``: [B, …state] before it; queries and keys [B, …letters]; coefficients [(1 or size) …state], ``decay`` in float64:
+    a rounding of ρ would count once a position.
     """
     letters = [x for x in how.state if x in set("".join(how.keys))]
     outer = _einsum([_BATCH + x for x in how.keys], _BATCH + "".join(letters), keys)
@@ -91,7 +92,7 @@ def attention_step(
             outer = outer.unsqueeze(place)
     read = past * state + now * outer
     terms = [*(_BATCH + x for x in how.queries), _BATCH + how.state]
-    return _einsum(terms, _BATCH + how.out, [*queries, read]), decay * state + outer
+    return _einsum(terms, _BATCH + how.out, [*queries, read]), (decay * state + outer).to(state.dtype)
 
 
 def final_state(keys: Sequence[Tensor], decay: Tensor, how: Contraction) -> Tensor:
@@ -103,13 +104,13 @@ def final_state(keys: Sequence[Tensor], decay: Tensor, how: Contraction) -> Tens
     lags = torch.arange(keys[0].shape[-1] - 1, -1, -1, device=decay.device)
     moving = "".join(x for x in how.state if x in how.coefficients)
     rho = decay.reshape(how.shape(moving)).double()
-    total, letters = (rho.unsqueeze(-1) ** lags).to(decay.dtype), moving + _POSITION
+    total, letters = (rho.unsqueeze(-1) ** lags).to(keys[0].dtype), moving + _POSITION
     order = sorted(range(len(keys)), key=lambda i: how.count(how.keys[i]))
     for place, i in enumerate(order):
         key = _BATCH + how.keys[i] + _POSITION
         union = "".join(dict.fromkeys(_BATCH + letters + key))
         made = _BATCH + how.state if place == len(order) - 1 else union
-        total = _einsum([letters, key], made, [total, keys[i].to(decay.dtype)])
+        total = _einsum([letters, key], made, [total, keys[i]])
         letters = made
     return total
 

@@ -190,7 +190,11 @@ class _Planner:
             return None
         reads = {i: (NEW,) * len(self.rows(i)) for i in inputs if is_tensor(i)}
         mixer = self.recognise_group(self.analysis, Unit(node, demand, nodes, reads))
-        return None if mixer is None else Unit(node, demand, nodes, dict.fromkeys(mixer.inputs, (NEW,)), "row", mixer)
+        return (
+            None
+            if mixer is None
+            else Unit(node, demand, nodes, dict.fromkeys(mixer.inputs, (NEW,)), "row", mixer)
+        )
 
     def accept(self, unit: Unit) -> Unit:
         for node, demand in unit.reads.items():

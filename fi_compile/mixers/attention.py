@@ -73,4 +73,3 @@ def _mask(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.
 
     rows = call(aten.unsqueeze.default, positions(query), -1)
     return call(aten.le.Tensor, positions(key), rows)
-

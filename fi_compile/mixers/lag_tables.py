@@ -93,7 +93,9 @@ class LagTables:
             for dim, step in enumerate(steps):
                 first = self.capacity - 1 if dim == query else 0
                 index = torch.arange(first, first + shape[dim], device=value.device).to(row.dtype)
-                row = row + (step * index).to(row.dtype).view([-1 if d == dim else 1 for d in range(len(shape))])
+                row = row + (step * index).to(row.dtype).view(
+                    [-1 if d == dim else 1 for d in range(len(shape))]
+                )
             return row
         if node.op != "call_function" or not self.proof.row_local(node) or len(axes) != 2:
             raise FollowsPosition(node.name)
@@ -185,8 +187,9 @@ class LagTables:
         table = self._evaluated(node)
         later, earlier = table, table
         for axis in axes:
-            later, earlier = later.narrow(axis, 1, later.shape[axis] - 1), earlier.narrow(
-                axis, 0, earlier.shape[axis] - 1
+            later, earlier = (
+                later.narrow(axis, 1, later.shape[axis] - 1),
+                earlier.narrow(axis, 0, earlier.shape[axis] - 1),
             )
         same = torch.equal(later, earlier) or (
             table.is_floating_point()
@@ -228,7 +231,11 @@ def moved_along(
     None where none does, or more than one.
     """
     program, row = analysis.program, length // 2
-    batch = program.batch if isinstance(program.batch, int) else analysis.values[length][program.sequence].shape[0]
+    batch = (
+        program.batch
+        if isinstance(program.batch, int)
+        else analysis.values[length][program.sequence].shape[0]
+    )
 
     def run(given: Mapping[fx.Node, Any]) -> Tensor:
         with torch.no_grad():

@@ -269,6 +269,8 @@ def recognise_group(
     layout_out = layout_of(analysis, unit.exit)
     if operands is None or layout_out is None:
         return None
+    if layout_out.batch is None and analysis.program.batch != 1:
+        return None  # rows of the batch would be told apart like channels
     try:
         group = Group(analysis, unit, analysis.parameters, analysis.lengths[0])
         return _read(group, operands, layout_out, proof)
@@ -304,8 +306,12 @@ def _operands(
         if layout is not None and factor is not None:
             rank = factor.meta["val"].dim() - node.meta["val"].dim()
             batch = None if layout.batch is None else layout.batch + rank
-            layout = replace(layout, axis=layout.axis + rank, batch=batch, channels=(1,) * rank + layout.channels)
-        if layout is None or (layout.batch is None and node in group.program.input_dependent and _has_batch(group)):
+            layout = replace(
+                layout, axis=layout.axis + rank, batch=batch, channels=(1,) * rank + layout.channels
+            )
+        if layout is None or (
+            layout.batch is None and node in group.program.input_dependent and _has_batch(group)
+        ):
             return None
         found.append(Operand(node, layout, False, factor=factor))
     return tuple(found)
@@ -378,10 +384,10 @@ def _read(
     if how.count(how.state) > _MOST_STATE:
         return None
     behind = parameters_behind(group.program, group.tables)
-    found = LinearAttention(
-        group.program, group.analysis, group.unit, operands, layout_out, how, behind
+    found = LinearAttention(group.program, group.analysis, group.unit, operands, layout_out, how, behind)
+    return (
+        found if _entries_agree(group, found, noise, proof) and _samples_agree(group, found, noise) else None
     )
-    return found if _entries_agree(group, found, noise, proof) and _samples_agree(group, found, noise) else None
 
 
 def _with_letters(
@@ -459,9 +465,7 @@ def _lags(
     return [found[:, lag].reshape(how.shape(how.out)) for lag in range(count)]
 
 
-def _entries_agree(
-    group: Group, found: LinearAttention, noise: Callable[..., Tensor], proof: Proof
-) -> bool:
+def _entries_agree(group: Group, found: LinearAttention, noise: Callable[..., Tensor], proof: Proof) -> bool:
     """Whether the group is one product an entry, for any tables: R[t, j]·⟨queries[t], keys[j] ⊗ …⟩.
 
     With random numbers for the tables of two axes, R is read off key by key; then random operands are compared.
@@ -493,7 +497,9 @@ def _uniform(group: Group, proof: Proof) -> dict[fx.Node, Tensor]:
     """The tables of two axes that are certified to be one number, as that number."""
     fills = {t: proof.facts[t].fill for t in group.two_axes if t in proof.facts}
     return {
-        t: torch.full([1] * t.meta["val"].dim(), fill, dtype=widen(t.meta["val"].dtype), device=t.meta["val"].device)
+        t: torch.full(
+            [1] * t.meta["val"].dim(), fill, dtype=widen(t.meta["val"].dtype), device=t.meta["val"].device
+        )
         for t, fill in fills.items()
         if is_number(fill)
     }

@@ -26,13 +26,14 @@ class OuterSums:
     rows = _ROWS
 
     def weights(self, found: Decay, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a product counts now, one position later, and from one position to the next: [(1 or size) …state]."""
-        return {name: getattr(found, name).to(dtype).contiguous() for name in self.needs}
+        """What a product counts now, one position later, and from one to the next (in float64): [(1 or size) …state]."""
+        parts = {"now": found.now.to(dtype), "past": found.past.to(dtype), "decay": found.decay.double()}
+        return {name: part.contiguous() for name, part in parts.items()}
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """States of no positions: zeros [R, B, …state]."""
         how = self.mixer.how
-        return weights["decay"].new_zeros(self.rows, batch, *how.shape(how.state))
+        return weights["now"].new_zeros(self.rows, batch, *how.shape(how.state))
 
     def step(self, ring: Tensor, position: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """The newest output [B, Cout] from x [B, C], queries and keys; writes the new state into the ring."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from .convolution import Filter
 
 SLACK = 64
+_WIDEST = 1 << 16  # numbers a sequence that the slack of a running sum may take
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,11 @@ class Scan:
 
     needs = ("kernel",)
     reads = 1
-    rows = 1 + SLACK
+
+    @property
+    def rows(self) -> int:
+        """Rows of the ring: fewer where a row is wide, such as an outer product."""
+        return 1 + min(SLACK, max(7, _WIDEST // self.channels_in))
 
     def weights(self, found: Filter, dtype: torch.dtype) -> dict[str, Tensor]:
         """The constant [Cout, 1]."""
