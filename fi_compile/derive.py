@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .mixers.convolution import Filter
+from .mixers.convolution import Convolution
 from .mixers.stack import FilterBank
 from .program import Program, Rewrite
 from .schedule import window_size
 from .step import StepProgram
+from .twin import widen
 from .units import ALL
 
 
@@ -50,7 +52,7 @@ class Derived:
 def derive(
     step: StepProgram,
     values: Mapping[str, Tensor],
-    filters: Mapping[str, Filter],
+    filters: Mapping[str, Any],
     *,
     dtype: torch.dtype,
     block: int,
@@ -59,14 +61,22 @@ def derive(
 ) -> Derived:
     """Evaluate everything that does not depend on the sequence, up to the step's capacity.
 
-    ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, were extracted in double
-    precision and are rounded here, once, to ``dtype``.
+    ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, are what each mixer derived in
+    double precision, rounded here, once, to ``dtype``.
     """
     constants: dict[str, Tensor] = {}
     tables: dict[str, Tensor] = {}
     references: dict[str, dict[str, Tensor]] = {}
     for mixer in step.mixers:
         found = filters[mixer.name]
+        window = step.windows.get(mixer.name)
+        channels = mixer if isinstance(mixer, Convolution) else None
+        if window is not None:
+            weights = window.weights(found, None if channels is None else channels.source, dtype)
+            constants |= {f"{key}:{mixer.name}": tensor for key, tensor in weights.items()}
+        if channels is None:
+            continue
+        mixer = channels
         kept = found.kernel[:, : mixer.room] if mixer.ends else found.kernel
         reference = {"kernel": kept.to(dtype).contiguous()}
         if mixer.gather is not None:
@@ -78,10 +88,6 @@ def derive(
                 constants[f"offset:{mixer.name}"] = reference["offset"][:, 0].contiguous()
             else:
                 tables[f"offset:{mixer.name}"] = reference["offset"].t().contiguous()
-        window = step.windows.get(mixer.name)
-        if window is not None:
-            weights = window.weights(found, mixer.source, dtype)
-            constants |= {f"{key}:{mixer.name}": tensor for key, tensor in weights.items()}
         references[mixer.name] = reference
     bank = _bank(step, filters, dtype, block)
     if bank is not None:
@@ -92,9 +98,7 @@ def derive(
     return Derived(step, values, dtype, block, bank, constants, tables, references, rewrite is not None)
 
 
-def _bank(
-    step: StepProgram, filters: Mapping[str, Filter], dtype: torch.dtype, block: int
-) -> FilterBank | None:
+def _bank(step: StepProgram, filters: Mapping[str, Any], dtype: torch.dtype, block: int) -> FilterBank | None:
     if not step.stacked:
         return None
     kernels = torch.cat([filters[m.name].kernel for m in step.stacked]).to(dtype)
@@ -126,7 +130,8 @@ def _add_tables(
     program: Program = step.program
     example = program.example
     shape = (batch, step.capacity, *example.shape[2:])
-    sequence = example.new_zeros((1,) * len(shape)).expand(shape)
+    dtype = example.dtype if rewrite is None else widen(example.dtype)
+    sequence = example.new_zeros((1,) * len(shape), dtype=dtype).expand(shape)
     nodes: list[fx.Node] = list(step.plan.tables)
     with torch.no_grad():
         found = program.evaluate(sequence, values, keep=nodes, rewrite=rewrite)

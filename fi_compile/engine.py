@@ -21,7 +21,9 @@ from .errors import CapacityError, Refusal, Unsupported
 from .lane import Lane
 from .lower import CompiledStep
 from .mixers.attention import with_masks
-from .mixers.convolution import Convolution, Filter, FilterGrew, classify, recognise, verify
+from .mixers.convolution import Convolution, FilterGrew, classify, recognise, verify
+from .mixers.increments import Mixer
+from .mixers.linear_attention import LinearAttention, recognise_group
 from .mixers.recurrence import as_recurrence, with_modes
 from .mixers.stack import state_dtype
 from .options import Options
@@ -88,13 +90,17 @@ class Engine:
                 self.verdict = "numerically bounded"
         self.verdicts: dict[str, str] = {}
         self.declined: dict[str, str] = {}  # units of a known kind that run as regions, and why
-        self._filters: dict[tuple[str, int], Filter] = {}
+        self._filters: dict[tuple[str, int], Any] = {}
         self._check_outputs()
         self.analysis = self.analysis.restricted(self.proof.proved)
         self.plan: Plan = self._timed("analyse", self._plan, program=self.program, rewrites=0)
         self.check_step()
         derived = self._timed("derive", lambda: self.derived(1), rewrites=0)
-        self._timed("raise", lambda: self.raised(derived), rewrites=len(derived.step.mixers))
+        self._timed(
+            "raise",
+            lambda: self.raised(derived),
+            rewrites=sum(m.reference is not None for m in derived.step.mixers),
+        )
 
     def _plan(self) -> Plan:
         proof = self.proof
@@ -103,6 +109,7 @@ class Engine:
             self._recognise,
             lambda node: proof.row_local(node) or proof.newest(node),
             lambda unit: self._certify(unit, self.capacity, self.analysis.parameters),
+            self._recognise_group,
         )
 
     def _certify(self, unit: Unit, capacity: int, values: Mapping[str, Tensor]) -> bool:
@@ -111,10 +118,12 @@ class Engine:
     def _still_holds(self, capacity: int) -> bool:
         """Whether what was settled by asking the units holds for the present weights up to a capacity."""
         values = self.double_values
+        mixers = [unit.mixer for unit in self.plan.units if unit.mixer is not None]
         return all(self._certify(unit, capacity, values) for unit in self.plan.tested) and all(
-            verify(unit.mixer, values, capacity, self._filter(unit.mixer, capacity))
-            for unit in self.plan.units
-            if unit.mixer is not None
+            mixer.holds(self.proof, values, capacity)
+            if isinstance(mixer, LinearAttention)
+            else verify(mixer, values, capacity, self._filter(mixer, capacity))
+            for mixer in mixers
         )
 
     def _is_certified(self, node: fx.Node) -> bool:
@@ -186,6 +195,18 @@ class Engine:
         self._filters[found.name, self.capacity] = derived
         self.verdicts[found.name] = how
         return chosen
+
+    def _recognise_group(self, analysis: Consistency, unit: Unit) -> LinearAttention | None:
+        found = recognise_group(analysis, unit, self.proof, self._is_affine)
+        if found is None or not all(
+            found.holds(self.proof, values, self.capacity)
+            for values in (analysis.parameters, self.double_values)
+        ):
+            return None
+        self.verdicts[found.name] = (
+            "proved linear, its weights a function of the lag; equals its recurrence at all lags"
+        )
+        return found
 
     @cached_property
     def double_values(self) -> dict[str, Tensor]:
@@ -259,7 +280,8 @@ class Engine:
         if isinstance(program.batch, int) or not self.proof.rows_independent:
             return False
         outputs = [o for o in program.outputs if isinstance(o, fx.Node)]
-        kept = [*self.plan.histories, *(u.mixer.x for u in self.plan.units if u.mixer is not None)]
+        mixers = [u.mixer for u in self.plan.units if u.mixer is not None]
+        kept = [*self.plan.histories, *(x for mixer in mixers for x in mixer.inputs)]
         if not all(
             len(self.plan.batch_axes[n]) == 1 for n in (*outputs, *kept) if n in program.input_dependent
         ):
@@ -344,11 +366,11 @@ class Engine:
             )
         return self._derived[key]
 
-    def _filter(self, mixer: Convolution, capacity: int) -> Filter:
+    def _filter(self, mixer: Mixer, capacity: int) -> Any:
         key = (mixer.name, capacity)
         if key not in self._filters:
             derived = mixer.derive(self.double_values, capacity)
-            if mixer.lowering == "recurrence":
+            if isinstance(mixer, Convolution) and mixer.lowering == "recurrence":
                 base = self._filters.get((mixer.name, self.capacity))
                 derived = with_modes(mixer, derived, None if base is None else base.modes)
             self._filters[key] = derived
@@ -371,6 +393,10 @@ class Engine:
                 )
         for unit in self.plan.units:
             mixer = unit.mixer
+            if isinstance(mixer, LinearAttention):
+                if not mixer.holds(proof, self.double_values, capacity):
+                    raise FilterGrew(mixer.name)
+                continue
             if mixer is None:
                 continue
             if not verify(mixer, self.double_values, capacity, self._filter(mixer, capacity)):
@@ -452,7 +478,9 @@ class Engine:
     def forward(self, sequence: Tensor, derived: Derived) -> tuple[list[Any], dict[str, Tensor]]:
         """One pass over a whole sequence: the flat outputs, and the values a lane is filled with."""
         program = self.raised(derived)
-        wanted = {m.x.name for m in derived.step.mixers} | {n.name for n in self.plan.histories}
+        wanted = {x.name for m in derived.step.mixers for x in m.inputs} | {
+            n.name for n in self.plan.histories
+        }
         taps = {name: program.nodes[name] for name in wanted}
         outputs = [o for o in program.outputs if isinstance(o, fx.Node)]
         with torch.no_grad():

@@ -119,7 +119,7 @@ class Lane:
         for mixer in step.mixers:
             window = step.windows.get(mixer.name)
             if window is not None:
-                flat = mixer.layout_in.flatten(values[mixer.x.name]).to(self.derived.dtype)
+                flat = mixer.flatten([values[x.name] for x in mixer.inputs]).to(self.derived.dtype)
                 weights = weights_of(window, mixer.name, self.tensors)
                 window.fill(self.tensors[f"ring:{mixer.name}"], flat, weights)
         if self.conv is not None:

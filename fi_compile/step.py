@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from .kernels.block import block_sum
 from .mixers.convolution import Convolution
-from .mixers.increments import Increment, increment_of, weights_of
+from .mixers.increments import Increment, Mixer, increment_of, weights_of
 from .mixers.reference import sum_pairs
 from .program import Program, Rewrite
 from .units import ALL, NEW, Plan, Unit, run_unit, take_row
@@ -47,14 +47,14 @@ class StepProgram:
         return self.capacity if self.reach is None else self.reach
 
     @cached_property
-    def mixers(self) -> tuple[Convolution, ...]:
+    def mixers(self) -> tuple[Mixer, ...]:
         """All mixers, in the order they run."""
         return tuple(unit.mixer for unit in self.plan.units if unit.mixer is not None)
 
     @cached_property
     def stacked(self) -> tuple[Convolution, ...]:
         """The long convolutions in tiles, in the order of their channels in the stack."""
-        return tuple(m for m in self.mixers if increment_of(m) is None)
+        return tuple(m for m in self.mixers if isinstance(m, Convolution) and increment_of(m) is None)
 
     @cached_property
     def windows(self) -> Mapping[str, Increment]:
@@ -143,14 +143,14 @@ class _Run:
                     value = take_row(value, axis, self.position)
         self.put(unit.exit, unit.demand, value)
 
-    def mix(self, mixer: Convolution) -> Tensor:
-        x = self.get(mixer.x, (NEW,))
-        flat = mixer.layout_in.flatten(x)[..., 0]
+    def mix(self, mixer: Mixer) -> Tensor:
+        flat = mixer.flatten([self.get(x, (NEW,)) for x in mixer.inputs])[..., 0]
         window = self.step.windows.get(mixer.name)
         if window is not None:
             weights = weights_of(window, mixer.name, self.t)
             z = window.step(self.t[f"ring:{mixer.name}"], self.position, flat, weights)
         else:
+            assert isinstance(mixer, Convolution)
             z = self.stack(mixer, flat)
         offset = self.t.get(f"offset:{mixer.name}")
         if offset is not None:

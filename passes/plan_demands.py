@@ -22,6 +22,7 @@ from fi_compile.twin import widen_call
 from fi_compile.units import ALL, NEW, Demand, Plan, Unit, closure, run_unit, take_row, zero_tail
 
 Recognise = Callable[[Consistency, Unit, fx.Node], Any]
+RecogniseGroup = Callable[[Consistency, Unit], Any]
 _TOLERANCE = 1e-9
 _MOST_ABSORBED = 12
 
@@ -31,17 +32,19 @@ def plan_demands(
     recognise: Recognise,
     is_local: Callable[[fx.Node], bool],
     certify: Callable[[Unit], bool],
+    recognise_group: RecogniseGroup = lambda analysis, unit: None,
 ) -> Plan:
     """Plan one step: which units run, what they read, and what is kept.
 
     Requires: the consistency of the program's nodes. Ensures: every output's newest row is computed by the units
     from the new row of the sequence, histories, tables and the mixers' own states. ``recognise(analysis, unit, x)``
     returns the increment of a unit that needs the whole of the single value ``x``, or None;
+    ``recognise_group(analysis, unit)`` that of a unit which holds all values of two sequence axes behind its exit, or None;
     ``is_local(node)`` says whether an operator is certified to make each row from the same rows of its arguments;
     ``certify(unit)`` settles what no operator's rule does. Raises :class:`Unsupported` when an output is not
     consistent.
     """
-    return _Planner(analysis, recognise, is_local, certify).plan()
+    return _Planner(analysis, recognise, is_local, certify, recognise_group).plan()
 
 
 class _Planner:
@@ -51,9 +54,10 @@ class _Planner:
         recognise: Recognise,
         is_local: Callable[[fx.Node], bool],
         certify: Callable[[Unit], bool],
+        recognise_group: RecogniseGroup,
     ) -> None:
         self.analysis = analysis
-        self.recognise = recognise
+        self.recognise, self.recognise_group = recognise, recognise_group
         self.is_local = is_local
         self.certify = certify
         self.program: Program = analysis.program
@@ -128,6 +132,9 @@ class _Planner:
             self.demands.setdefault(node, set()).add(demand)
 
     def unit(self, node: fx.Node, demand: Demand) -> Unit:
+        group = self.group(node, demand)
+        if group is not None:
+            return self.accept(group)
         fallback: Unit | None = None
         inside: frozenset[fx.Node] = frozenset()
         for _ in range(_MOST_ABSORBED + 1):
@@ -166,6 +173,28 @@ class _Planner:
                 )
             )
         return self.accept(fallback)
+
+    def group(self, node: fx.Node, demand: Demand) -> Unit | None:
+        """The unit with every value of two sequence axes behind it inside, if a mixer knows its increment."""
+        if len(demand) != 1:
+            return None
+        inside: frozenset[fx.Node] = frozenset()
+        while True:
+            nodes, inputs = closure(node, self.analysis.consistent, inside)
+            pairs = [i for i in inputs if is_tensor(i) and len(self.rows(i)) > 1]
+            absorbed = frozenset(i for i in pairs if self.is_data(i))
+            if not absorbed:
+                break
+            inside |= absorbed
+        if not pairs:
+            return None
+        reads = {i: (NEW,) * len(self.rows(i)) for i in inputs if is_tensor(i)}
+        mixer = self.recognise_group(self.analysis, Unit(node, demand, nodes, reads))
+        return (
+            None
+            if mixer is None
+            else Unit(node, demand, nodes, dict.fromkeys(mixer.inputs, (NEW,)), "row", mixer)
+        )
 
     def accept(self, unit: Unit) -> Unit:
         for node, demand in unit.reads.items():

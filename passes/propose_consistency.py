@@ -152,9 +152,7 @@ def narrowed(value: Tensor, axes: tuple[int, ...], length: int) -> Tensor:
     return value
 
 
-def agrees(
-    found: Any, expected: Tensor, tolerance: float = _TOLERANCE, whole: Tensor | None = None
-) -> bool:
+def agrees(found: Any, expected: Tensor, tolerance: float = _TOLERANCE, whole: Tensor | None = None) -> bool:
     """Equal shapes and dtypes, equal infinities and NaNs, finite parts within tolerance of the scale.
 
     The scale is that of ``expected``, or of ``whole`` where that is a part of it: a single row may be zero.

@@ -27,13 +27,14 @@ from fi_compile.units import Plan
 
 
 def raise_mixers(program: Program, plan: Plan, derived: Mapping[str, Mapping[str, Tensor]]) -> Program:
-    """The program with a semantic node for every unit that has a mixer.
+    """The program with a semantic node for every unit that has a mixer with a full-sequence form of its own.
 
     ``derived`` maps a mixer's name to the tensors its reference takes beside its input, by keyword. Requires: a
     plan of this program. Ensures: the same function at every length up to the filters' capacity; the node that replaces
     ``exit`` carries the name of ``exit`` and its meta, and ``meta["mixer"]``.
     """
-    mixers = {unit.exit: unit.mixer for unit in plan.units if unit.mixer is not None}
+    found = [(unit.exit, unit.mixer) for unit in plan.units if unit.mixer is not None]
+    mixers = {node: mixer for node, mixer in found if mixer.reference is not None}
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     inputs, values = list(program.inputs), dict(program.values)
@@ -72,6 +73,7 @@ def _semantic_node(
     derived: Mapping[str, fx.Node],
 ) -> fx.Node:
     options = {**derived, **mixer.reference_options}
-    node = graph.create_node("call_function", mixer.reference, (copied[mixer.x],), options, exit_node.name)
+    inputs = tuple(copied[x] for x in mixer.inputs)
+    node = graph.create_node("call_function", mixer.reference, inputs, options, exit_node.name)
     node.meta = {**exit_node.meta, "mixer": mixer}
     return node

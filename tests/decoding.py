@@ -104,7 +104,7 @@ def convolution_scale(dec: fi_compile.Decoder, sequence: Tensor) -> float:
     _, taps = engine.forward(sequence, derived)
     scales = [0.0]
     for mixer in derived.step.mixers:
-        if mixer.kind != "scan":
+        if mixer.kind in ("long_conv", "short_conv"):
             u = mixer.layout_in.flatten(taps[mixer.x.name]).double().norm(dim=-1)[:, mixer.source]
             k = derived.references[mixer.name]["kernel"][:, : sequence.shape[1]].double().norm(dim=-1)
             scales.append(float((u * k).max()))

@@ -7,7 +7,7 @@ channelwise and shift-invariant its response h to an impulse at position 0 is it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from fi_compile.errors import Refusal, Unsupported
 from fi_compile.kernels.modes import Modes
 from fi_compile.passes.propose_consistency import Consistency
 from fi_compile.program import Program, is_tensor, source_of
-from fi_compile.twin import widen_call
+from fi_compile.twin import widen, widen_call
 from fi_compile.units import Unit, run_unit
 
 from .layout import Layout
@@ -86,6 +86,15 @@ class Convolution:
     def fan_in(self) -> int:
         """Pairs for each output channel: P / Cout."""
         return self.pairs.fan_in
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The values it reads."""
+        return (self.x,)
+
+    def flatten(self, values: Sequence[Tensor]) -> Tensor:
+        """Whole values of the inputs as [B, Cin, n]."""
+        return self.layout_in.flatten(values[0])
 
     @cached_property
     def gather(self) -> Tensor | None:
@@ -194,7 +203,7 @@ class UnitFunction:
         if batch not in self._fixed:
             example = self.program.example
             shape = (batch, self.length, *example.shape[2:])
-            sequence = example.new_zeros((1,) * len(shape)).expand(shape)
+            sequence = example.new_zeros((1,) * len(shape), dtype=widen(example.dtype)).expand(shape)
             others = [n for n in self.unit.reads if n is not self.x]
             self._fixed[batch] = self.program.evaluate(sequence, self.values, keep=others, rewrite=widen_call)
         return self._fixed[batch]
@@ -220,7 +229,7 @@ def recognise(analysis: Consistency, unit: Unit, x: fx.Node, length: int) -> Con
     """
     if not _only_x_is_data(analysis, unit, x):
         return None
-    layout_in, layout_out = _layout(analysis, x), _layout(analysis, unit.exit)
+    layout_in, layout_out = layout_of(analysis, x), layout_of(analysis, unit.exit)
     if layout_in is None or layout_out is None:
         return None
     n = analysis.longest
@@ -232,7 +241,7 @@ def recognise(analysis: Consistency, unit: Unit, x: fx.Node, length: int) -> Con
     if pairs is None:
         return None
     lags = None if pairs.fan_in == 1 else _MOST_VALUES // len(pairs.source)
-    behind = _parameters_behind(analysis.program, unit, x)
+    behind = parameters_behind(analysis.program, [n for n in unit.reads if n is not x])
     return Convolution(
         analysis.program, unit, x, "long_conv", layout_in, layout_out, pairs, length, behind, lags=lags
     )
@@ -261,7 +270,7 @@ def _only_x_is_data(analysis: Consistency, unit: Unit, x: fx.Node) -> bool:
     return all(n is x or n not in program.input_dependent for n in unit.reads)
 
 
-def _layout(analysis: Consistency, node: fx.Node) -> Layout | None:
+def layout_of(analysis: Consistency, node: fx.Node) -> Layout | None:
     axes = analysis.axes[node]
     val = node.meta["val"]
     if len(axes.rows) != 1 or len(axes.batch) > 1 or not (val.is_floating_point() or val.is_complex()):
@@ -351,10 +360,10 @@ def _is_constant(kernel: Tensor) -> bool:
     return bool(((kernel - first).abs() <= _NOISE * 100 * first.abs()).all()) and bool(first.any())
 
 
-def _parameters_behind(program: Program, unit: Unit, x: fx.Node) -> tuple[str, ...]:
-    """The attribute paths of the parameters the filter is computed from."""
+def parameters_behind(program: Program, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    """The attribute paths of the parameters that values, such as a filter's, are computed from."""
     seen: set[fx.Node] = set()
-    stack = [n for n in unit.reads if n is not x]
+    stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in seen:

@@ -1,16 +1,20 @@
-"""The increments of convolutions that keep a ring of newest rows, by the name of their lowering."""
+"""The increments that keep a ring of newest rows, by the name of their lowering."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .convolution import Convolution, Filter
+from .convolution import Convolution
+from .linear_attention import LinearAttention
+from .outer_sums import OuterSums
 from .recurrence import Recurrence
 from .window import Scan, ShortConv
+
+Mixer = Convolution | LinearAttention
 
 
 class Increment(Protocol):
@@ -35,8 +39,8 @@ class Increment(Protocol):
         """R: what exceeds ``reads`` is how far back a rewind costs nothing."""
         ...
 
-    def weights(self, found: Filter, source: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a step reads of a filter, by the names in ``needs``."""
+    def weights(self, found: Any, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a step reads of what the mixer derived, a filter or a decay, by the names in ``needs``."""
         ...
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
@@ -63,8 +67,10 @@ INCREMENTS: dict[str, Callable[[Convolution], Increment]] = {
 }
 
 
-def increment_of(mixer: Convolution) -> Increment | None:
+def increment_of(mixer: Mixer) -> Increment | None:
     """The increment of a mixer; None for what the stack of long convolutions serves."""
+    if isinstance(mixer, LinearAttention):
+        return OuterSums(mixer)
     make = INCREMENTS.get(mixer.lowering)
     return None if make is None else make(mixer)
 

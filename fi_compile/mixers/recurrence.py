@@ -35,7 +35,7 @@ class Recurrence:
     reads = 1
     rows = _ROWS
 
-    def weights(self, found: Filter, source: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def weights(self, found: Filter, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
         """Poles and residues [2, P, N], real and imaginary parts, and lag 0 [P]: float64, whatever ``dtype``.
 
         A filter that comes without modes, of the few lags that a trial has, is served by its Fourier series.

@@ -16,6 +16,7 @@ from .convolution import Filter
 from .reference import dense, is_dense, sum_pairs
 
 SLACK = 64
+_WIDEST = 1 << 16  # numbers a sequence that the slack of a running sum may take
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ShortConv:
         """Rows of the ring."""
         return max(self.reads, 1) + SLACK
 
-    def weights(self, found: Filter, source: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def weights(self, found: Filter, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
         """The filters, [P, taps] of pairs; where a matrix is no more work, [taps, Cin, Cout], the newest lag last."""
         kernel = found.kernel.to(dtype).contiguous()
         if is_dense(self.fan_in, self.channels_in):
@@ -86,9 +87,13 @@ class Scan:
 
     needs = ("kernel",)
     reads = 1
-    rows = 1 + SLACK
 
-    def weights(self, found: Filter, source: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    @property
+    def rows(self) -> int:
+        """Rows of the ring: fewer where a row is wide, such as an outer product."""
+        return 1 + min(SLACK, max(7, _WIDEST // self.channels_in))
+
+    def weights(self, found: Filter, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
         """The constants [P, 1]."""
         return {"kernel": found.kernel[:, :1].to(dtype).contiguous()}
 

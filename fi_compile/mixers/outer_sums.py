@@ -1,0 +1,62 @@
+"""Increment of linear attention: the decayed sum of products of keys, whatever the length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fi_compile.kernels.linear_attention import attention_step, final_state
+
+from .linear_attention import Decay, LinearAttention
+
+_ROWS = 8
+
+
+@dataclass(frozen=True)
+class OuterSums:
+    """The states [B, …state] after the newest positions; see :class:`~.kernels.linear_attention.Contraction`."""
+
+    mixer: LinearAttention
+
+    needs = ("now", "past", "decay")
+    reads = 1
+    rows = _ROWS
+
+    def weights(self, found: Decay, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a product counts now, one position later, and from one to the next (in float64): [(1 or size) …state]."""
+        parts = {"now": found.now.to(dtype), "past": found.past.to(dtype), "decay": found.decay.double()}
+        return {name: part.contiguous() for name, part in parts.items()}
+
+    def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """States of no positions: zeros [R, B, …state]."""
+        how = self.mixer.how
+        return weights["now"].new_zeros(self.rows, batch, *how.shape(how.state))
+
+    def step(self, ring: Tensor, position: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """The newest output [B, Cout] from x [B, C], queries and keys; writes the new state into the ring."""
+        size = ring.shape[0]
+        state = ring.index_select(0, (position - 1) % size)[0]
+        queries, keys = self.mixer.split(x.to(ring.dtype))
+        coefficients = (weights[name] for name in self.needs)
+        out, new = attention_step(state, queries, keys, *coefficients, self.mixer.how)
+        ring.index_copy_(0, position % size, new.unsqueeze(0))
+        return out.reshape(x.shape[0], -1)
+
+    def fill(self, ring: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> None:
+        """Take over the states after x [B, C, P]: the first as one product, the newest step by step."""
+        size, length = ring.shape[0], x.shape[-1]
+        ring.zero_()
+        first = max(0, length - size + 1)
+        if first:
+            _, keys = self.mixer.split(x[..., :first].to(ring.dtype))
+            ring[(first - 1) % size] = final_state(keys, weights["decay"], self.mixer.how)
+        for t in range(first, length):
+            self.step(ring, torch.tensor([t], device=ring.device), x[:, :, t], weights)
+
+    def cost(self, weights: Mapping[str, Tensor]) -> str:
+        """Work of one step."""
+        how = self.mixer.how
+        return f"{4 * how.count(how.state):,} multiply-adds"
