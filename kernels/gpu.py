@@ -1,0 +1,63 @@
+"""What the Triton forms share: where they can run, and how a compiled variant is described.
+
+Names in kernels follow one convention: `p_` pointers, `s_` strides, `o_` offsets, `m_` masks, `i_` program ids, `b_` blocks
+of values. Addresses are 64-bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# How float32 products of matrices run on the matrix units: three passes keep float32 accuracy on NVIDIA; AMD has
+# float32 matrix instructions.
+PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
+
+
+def interpreted() -> bool:
+    """Whether this process interprets Triton kernels (TRITON_INTERPRET=1 before the first import of triton)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels can run on tensors of `device`: a GPU, or anything while interpreting."""
+    return device.type == "cuda" or interpreted()
+
+
+def dot_precision() -> str:
+    """The `input_precision` of float32 products on the GPU of this process."""
+    return PRECISION["hip" if torch.version.hip else "cuda"]
+
+
+def pointer(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """An argument for an optional tensor: itself, or any tensor of the right device that will not be read."""
+    return like if tensor is None else tensor
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of a kernel: what the static gate compiles for every architecture.
+
+    types: Triton's type of each argument that is no constant; pointers, and integers named in `aligned`, are multiples
+    of 16. `reads`, `writes` (bytes) and `flops` are of one launch with `work` as its size, in words. `by_dot` is the
+    share of flops that belongs on matrix units; `narrow` marks storage of two bytes, whose widest useful load is 64 bits.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    aligned: tuple[str, ...]
+    warps: int
+    work: str
+    reads: float
+    writes: float
+    flops: float
+    by_dot: float = 0.0
+    narrow: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
