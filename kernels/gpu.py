@@ -1,7 +1,7 @@
 """What the Triton forms share: where they can run, and how a compiled variant is described.
 
-Names in kernels follow one convention: `p_` pointers, `s_` strides, `o_` offsets, `m_` masks, `i_` program ids, `b_` blocks
-of values. Addresses are 64-bit.
+Names in kernels follow one convention: `p_` pointers, `s_` strides, `o_` offsets, `m_` masks, `i_` program
+ids, `b_` blocks of values. Addresses are 64-bit.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def pointer(tensor: Tensor | None, like: Tensor) -> Tensor:
 class Variant:
     """One compilation of a kernel: what the static gate compiles for every architecture.
 
-    types: Triton's type of each argument that is no constant; pointers, and integers named in `aligned`, are multiples
-    of 16. `reads`, `writes` (bytes) and `flops` are of one launch with `work` as its size, in words. `by_dot` is the
-    share of flops that belongs on matrix units; `narrow` marks storage of two bytes, whose widest useful load is 64 bits.
+    types: Triton's type of each argument that is no constant; pointers, and integers named in `aligned`, are
+    multiples of 16. `reads`, `writes` (bytes) and `flops` are of one launch, `work` its size in words. `by_dot` is
+    the share of flops that belongs on matrix units; `narrow` marks storage of two bytes, whose widest useful load
+    is 64 bits.
     """
 
     name: str

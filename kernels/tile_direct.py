@@ -1,8 +1,9 @@
 """A tile for small U on a GPU: sums in registers, all channels of all layers in one launch.
 
-The reference and the CPU form are in `tile`. Channels are contiguous: lanes of a warp hold neighbouring channels, so every load
-is wide, and a thread keeps R outputs of its channels while it walks over the inputs R at a time. An R × R product needs R
-inputs and 2R - 1 lags, of which R - 1 are left from the previous one: 2R loads for R² multiply-adds.
+The reference and the CPU form are in `tile`. Channels are contiguous: the lanes of a warp hold neighbouring
+channels, so every load is wide, and a thread keeps R outputs of its channels while it walks over the inputs R
+at a time. An R × R product needs R inputs and 2R - 1 lags, of which R - 1 are left from the previous one: 2R
+loads for R² multiply-adds.
 """
 
 from __future__ import annotations
@@ -108,9 +109,10 @@ def add_tile_direct_gpu(
 ) -> None:
     """Add the tile to `outputs`.
 
-    outputs [B, Cout, V], inputs [B, Cin, U] and lags [T, F], T >= U + V (see `lag_table`), of one dtype: float32, float64
-    (sums in it), float16 or bfloat16 (sums in float32); their channels are contiguous, all other strides are free. source,
-    filter_index: int64 [Cout] or None (see `channels`). Raises ValueError for channels that are not contiguous or too few lags.
+    outputs [B, Cout, V], inputs [B, Cin, U] and lags [T, F], T >= U + V (see `lag_table`), of one dtype: float32
+    or float64 (sums in it), float16 or bfloat16 (sums in float32); their channels are contiguous, other strides
+    are free. source, filter_index: int64 [Cout] or None (see `channels`). Raises ValueError for channels that are
+    not contiguous, and for too few lags.
     """
     batch, channels, length = outputs.shape
     side = inputs.shape[-1]
@@ -155,8 +157,8 @@ def add_tile_direct_gpu(
 def tile_direct_traffic(side: int, length: int, size: int = 4) -> dict[str, float]:
     """What one channel of one row costs: bytes read and written in memory, floating-point operations.
 
-    Inputs, lags and outputs are counted once: programs of one channel block meet in the cache. `cached` counts what all of
-    them load, from the cache.
+    Inputs, lags and outputs are counted once: programs of one channel block meet in the cache. `cached` counts
+    what all of them load from there.
     """
     programs = -(-length // (REGISTERS * GROUPS[-1]))
     return {

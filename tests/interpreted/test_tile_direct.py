@@ -1,10 +1,10 @@
 import pytest
 import torch
-from guarded import assert_close, channels_last, rand, untouched
 
 from fi_compile.kernels import tile_direct
 from fi_compile.kernels.tile import tile_reference
 from fi_compile.kernels.tile_direct import add_tile_direct_gpu, lag_table
+from guarded import assert_close, channels_last, rand, untouched
 
 MAPS = {
     "identity": (None, None),
