@@ -34,6 +34,11 @@ def dot_precision() -> str:
     return PRECISION["hip" if torch.version.hip else "cuda"]
 
 
+def warp_size() -> int:
+    """The threads of a warp on the GPU of this process."""
+    return 64 if torch.version.hip else 32
+
+
 def pointer(tensor: Tensor | None, like: Tensor) -> Tensor:
     """An argument for an optional tensor: itself, or any tensor of the right device that will not be read."""
     return like if tensor is None else tensor
@@ -45,8 +50,9 @@ class Variant:
 
     types: Triton's type of each argument that is no constant; pointers, and integers named in `aligned`, are
     multiples of 16. `reads`, `writes` (bytes) and `flops` are of one launch, `work` its size in words. `by_dot` is
-    the share of flops that belongs on matrix units; `narrow` marks storage of two bytes, whose widest useful load
-    is 64 bits.
+    the share of flops that belongs on matrix units. At least the share `wide` of its loads must be 128 bits wide,
+    or 64 where storage of two bytes makes it `narrow`; `double` says that it computes in float64. `hip` are
+    constants that differ on AMD.
     """
 
     name: str
@@ -60,5 +66,7 @@ class Variant:
     writes: float
     flops: float
     by_dot: float = 0.0
+    wide: float = 1.0
     narrow: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    double: bool = False
+    hip: Mapping[str, Any] = field(default_factory=dict)

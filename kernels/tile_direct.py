@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fi_compile.kernels.gpu import Variant, pointer
+from fi_compile.kernels.gpu import Variant, pointer, warp_size
 
-# Outputs a thread holds, groups of them a program has (a warp each), channels a program serves.
+# Outputs a thread holds, groups of them a program has (a warp each), bytes of float32 or float64 a thread loads at once.
 REGISTERS = 8
 GROUPS = (1, 2, 4)
-CHANNELS = 128
+LOAD = 16
 # The largest side that is worth multiplying out.
 LARGEST = 256
 
@@ -95,6 +95,11 @@ def tile_direct_kernel(
         tl.store(p, (before.to(ACC) + acc[r]).to(before.dtype), mask=m)
 
 
+def channels_for(dtype: torch.dtype, lanes: int) -> int:
+    """The channels of a program: what the lanes of a warp load at once, widened to the dtype of the sums."""
+    return lanes * LOAD // max(4, dtype.itemsize)
+
+
 def lag_table(filters: Tensor, side: int) -> Tensor:
     """The lags 0 ... 2·side - 1 of filters [F, T] position-major, [min(2·side, T), F] contiguous."""
     return filters[:, : 2 * side].t().contiguous()
@@ -126,8 +131,7 @@ def add_tile_direct_gpu(
     if 0 in outputs.shape or side == 0:
         return
     groups = next((g for g in GROUPS if g * REGISTERS >= length), GROUPS[-1])
-    double = outputs.dtype == torch.float64
-    width = CHANNELS // 2 if double else CHANNELS
+    width = channels_for(outputs.dtype, warp_size())
     grid = (triton.cdiv(length, groups * REGISTERS), triton.cdiv(channels, width), batch)
     tile_direct_kernel[grid](
         outputs,
@@ -146,7 +150,7 @@ def add_tile_direct_gpu(
         lags.stride(0),
         HAS_SOURCE=source is not None,
         HAS_INDEX=filter_index is not None,
-        DOUBLE=double,
+        DOUBLE=outputs.dtype == torch.float64,
         R=REGISTERS,
         G=groups,
         BC=width,
@@ -172,20 +176,20 @@ def tile_direct_traffic(side: int, length: int, size: int = 4) -> dict[str, floa
 def variants() -> Iterator[Variant]:
     """What is offered: the storage types, with and without channel maps, for full programs and the smallest."""
     channels = 18 * 768
-    for storage, maps, groups, side in (
-        ("fp32", False, 4, 32),
-        ("fp32", False, 4, 256),
-        ("fp32", False, 1, 8),
-        ("fp32", True, 4, 256),
-        ("bf16", False, 4, 256),
-        ("fp16", False, 4, 256),
-        ("fp64", False, 4, 256),
+    for dtype, maps, groups, side in (
+        (torch.float32, False, 1, 8),
+        (torch.float32, False, 4, 32),
+        (torch.float32, False, 4, 256),
+        (torch.float32, True, 4, 256),
+        (torch.bfloat16, False, 4, 256),
+        (torch.float16, False, 4, 256),
+        (torch.float64, False, 4, 256),
     ):
-        size = {"fp32": 4, "fp64": 8}.get(storage, 2)
-        cost = tile_direct_traffic(side, side, size)
+        storage = {torch.bfloat16: "bf16"}.get(dtype, f"fp{8 * dtype.itemsize}")
+        cost = tile_direct_traffic(side, side, dtype.itemsize)
         pointers = dict.fromkeys(("p_out", "p_in", "p_lags"), f"*{storage}")
-        integers = [a for a in tile_direct_kernel.arg_names if a.startswith("s_")]
-        integers += ["side", "length", "lags", "channels"]
+        strides = [a for a in tile_direct_kernel.arg_names if a.startswith("s_")]
+        integers = ["side", "length", "lags", "channels", *strides]
         yield Variant(
             name=f"tile_direct U={side} {storage}{' maps' if maps else ''}",
             kernel=tile_direct_kernel,
@@ -193,16 +197,20 @@ def variants() -> Iterator[Variant]:
             constants={
                 "HAS_SOURCE": maps,
                 "HAS_INDEX": maps,
-                "DOUBLE": storage == "fp64",
+                "DOUBLE": dtype == torch.float64,
                 "R": REGISTERS,
                 "G": groups,
-                "BC": CHANNELS // 2 if storage == "fp64" else CHANNELS,
+                "BC": channels_for(dtype, 32),
             },
-            aligned=("channels", *(a for a in integers if a.startswith("s_"))),
+            hip={"BC": channels_for(dtype, 64)},
+            aligned=("channels", *strides),
             warps=groups,
             work=f"{channels:,} channels",
             reads=channels * cost["reads"],
             writes=channels * cost["writes"],
             flops=channels * cost["flops"],
-            narrow=size == 2,
+            # Through maps, inputs and lags are gathered one by one.
+            wide=0.0 if maps else 1.0,
+            narrow=dtype.itemsize == 2,
+            double=dtype == torch.float64,
         )

@@ -1,0 +1,284 @@
+"""A tile for large U on a GPU: one cyclic convolution a channel, its transforms as products on matrix units.
+
+The reference and the CPU form are in `tile`. The convolution has length n = 2·H·N, a power of two, at least 2U. It
+is *negacyclic*: what wraps around changes its sign, and falls on the lower half, which is thrown away in any case. The
+frequencies are then k + 1/2, none its own mirror image, so that of real data exactly n/2 are enough: the first H
+of the 2H rows k1 below. This halves the work for every row of a batch, and spectra with it.
+
+With t = N·n1 + n2 and k = k1 + 2H·k2, and w(x) = exp(-2πi·x), the transform factors (Bailey; Monarch) into
+
+    X[k1, k2] = Σ_n2 w(n2·k2 / N) · w(n2·(k1 + 1/2) / n) · Σ_n1 w(n1·(k1 + 1/2) / 2H) · x[n1, n2]
+
+two matrix products with a twiddle between them, and the inverse into their mirror images. The inputs are placed at the
+end of the lower half, n1 < H, and the outputs are the upper half: the first and last products are halved once more.
+Sources: FlashFFTConv (arXiv 2311.05908), section 3; Flash Inference (arXiv 2410.12982), algorithm 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fi_compile.kernels.gpu import PRECISION, Variant, dot_precision, pointer
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a transform length factors, n = 2·H·N, and the channels and warps of a program."""
+
+    h: int
+    n: int
+    channels: int
+    warps: int
+
+    @property
+    def length(self) -> int:
+        """The transform length, 2·H·N."""
+        return 2 * self.h * self.n
+
+
+# 8·H + 16·N operations a value are least where H is about 2·N; no factor may be below 16.
+SPLITS = {s.length: s for s in (Split(16, 16, 4, 4), Split(32, 16, 4, 4), Split(32, 32, 4, 8))}
+
+
+def split_for(side: int) -> Split | None:
+    """The split that serves tiles of `side` inputs; None where none is offered."""
+    length = max(min(SPLITS), 1 << (2 * side - 1).bit_length())
+    return SPLITS.get(length)
+
+
+def _unit(angle: Tensor) -> Tensor:
+    """exp(-2πi·angle), of float64 angles, as [2, ...] float64."""
+    angle = -2 * math.pi * angle
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+@lru_cache
+def _factors(h: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The products' matrices and the twiddles, real and imaginary parts: [2, H, H], [2, H, N], [2, N, N]."""
+    with torch.inference_mode(False):
+        rows = torch.arange(h, dtype=torch.float64)[:, None] + 0.5
+        columns = torch.arange(n, dtype=torch.float64)
+        first = _unit(rows * torch.arange(h) / (2 * h))
+        twiddle = _unit(rows * columns / (2 * h * n))
+        second = _unit(columns[:, None] * columns / n)
+        first, twiddle, second = (x.float().to(device).contiguous() for x in (first, twiddle, second))
+    return first, twiddle, second
+
+
+def tile_spectrum_gpu(filters: Tensor, side: int) -> Tensor:
+    """The spectra of the lags 0 ... n - 1 of filters [F, T] in the kernel's order: float32 [F, 2, H, N].
+
+    Lags beyond T count as zero. The inverse's scale and the sign of its upper half, i·(-1)^k1, are in them. Raises
+    ValueError where no split serves tiles of `side`.
+    """
+    split = split_for(side)
+    if split is None:
+        raise ValueError(f"no split serves tiles of {side} inputs; there are {sorted(SPLITS)}")
+    length, h, n = split.length, split.h, split.n
+    lags = filters[:, :length].double()
+    shift = torch.arange(lags.shape[-1], dtype=torch.float64, device=lags.device) * (-math.pi / length)
+    spectrum = torch.fft.fft(torch.polar(lags, shift.expand_as(lags)), n=length)
+    rows = spectrum.unflatten(-1, (n, 2 * h))[..., :h].mT
+    sign = 1 - 2 * (torch.arange(h, device=lags.device) % 2)
+    rows = rows * (2j / length * sign[:, None])
+    return torch.stack([rows.real, rows.imag], 1).float().contiguous()
+
+
+@triton.jit
+def _load_pair(p, o, gap):
+    """The real parts at offsets o, and the imaginary parts `gap` further on."""
+    return tl.load(p + o), tl.load(p + o + gap)
+
+
+@triton.jit
+def _times(ar, ai, br, bi):
+    return ar * br - ai * bi, ar * bi + ai * br
+
+
+@triton.jit
+def _dot_pair(ar, ai, br, bi, PRECISION: tl.constexpr):
+    """The complex product (ar + i·ai) @ (br + i·bi)."""
+    re = tl.dot(ar, br, input_precision=PRECISION)
+    re = tl.dot(-ai, bi, acc=re, input_precision=PRECISION)
+    im = tl.dot(ar, bi, input_precision=PRECISION)
+    return re, tl.dot(ai, br, acc=im, input_precision=PRECISION)
+
+
+@triton.jit
+def tile_fft_kernel(
+    p_out,
+    p_in,
+    p_spectrum,
+    p_first,
+    p_twiddle,
+    p_second,
+    p_source,
+    p_index,
+    side,
+    length,
+    channels,
+    s_out_b,
+    s_out_t,
+    s_in_b,
+    s_in_t,
+    HAS_SOURCE: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program adds the tile's contributions to all outputs of BC channels of one row."""
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    i_b = tl.program_id(1).to(tl.int64)
+    m_c = o_c < channels
+    o_in = tl.load(p_source + o_c, mask=m_c, other=0) if HAS_SOURCE else o_c
+    o_f = tl.load(p_index + o_c, mask=m_c, other=0) if HAS_INDEX else o_c
+    o_h, o_n = tl.arange(0, H), tl.arange(0, N)
+    o_t = o_h[:, None] * N + o_n[None, :]
+
+    # x[n1, (c, n2)], the inputs at the end of the lower half.
+    o_k = o_t - (H * N - side)
+    p = p_in + i_b * s_in_b + o_k.to(tl.int64)[:, :, None] * s_in_t + o_in[None, None, :]
+    m = (o_k >= 0)[:, :, None] & m_c[None, None, :]
+    x = tl.load(p, mask=m, other=0.0).to(tl.float32)
+    x = tl.reshape(tl.permute(x, (0, 2, 1)), (H, BC * N))
+
+    fr, fi = _load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
+    ar = tl.reshape(tl.dot(fr, x, input_precision=PRECISION), (H, BC, N))
+    ai = tl.reshape(tl.dot(fi, x, input_precision=PRECISION), (H, BC, N))
+    tr, ti = _load_pair(p_twiddle, o_h[:, None, None] * N + o_n[None, None, :], H * N)
+    ar, ai = _times(ar, ai, tr, ti)
+    gr, gi = _load_pair(p_second, o_n[:, None] * N + o_n[None, :], N * N)
+    ar, ai = tl.reshape(ar, (H * BC, N)), tl.reshape(ai, (H * BC, N))
+    ar, ai = _dot_pair(ar, ai, gr, gi, PRECISION)
+
+    o_s = o_f.to(tl.int64)[None, :, None] * (2 * H * N) + o_h[:, None, None] * N + o_n[None, None, :]
+    o_s = tl.where(m_c[None, :, None], o_s, 0)
+    sr, si = _load_pair(p_spectrum, o_s, H * N)
+    ar, ai = _times(tl.reshape(ar, (H, BC, N)), tl.reshape(ai, (H, BC, N)), sr, si)
+
+    ar, ai = tl.reshape(ar, (H * BC, N)), tl.reshape(ai, (H * BC, N))
+    ar, ai = _dot_pair(ar, ai, gr, -gi, PRECISION)
+    ar, ai = _times(tl.reshape(ar, (H, BC, N)), tl.reshape(ai, (H, BC, N)), tr, -ti)
+    ar, ai = tl.reshape(ar, (H, BC * N)), tl.reshape(ai, (H, BC * N))
+    y = tl.dot(tl.trans(fr), ar, input_precision=PRECISION)
+    y = tl.dot(tl.trans(fi), ai, acc=y, input_precision=PRECISION)
+    y = tl.permute(tl.reshape(y, (H, BC, N)), (0, 2, 1))
+
+    p = p_out + i_b * s_out_b + o_t.to(tl.int64)[:, :, None] * s_out_t + o_c[None, None, :]
+    m = (o_t < length)[:, :, None] & m_c[None, None, :]
+    before = tl.load(p, mask=m, other=0.0)
+    tl.store(p, (before.to(tl.float32) + y).to(before.dtype), mask=m)
+
+
+def add_tile_fft_gpu(
+    outputs: Tensor,
+    inputs: Tensor,
+    spectrum: Tensor,
+    source: Tensor | None = None,
+    filter_index: Tensor | None = None,
+) -> None:
+    """Add the tile to `outputs`.
+
+    outputs [B, Cout, V <= U] and inputs [B, Cin, U], of one dtype, float32, float16 or bfloat16 (sums in float32),
+    their channels contiguous; spectrum: of `tile_spectrum_gpu` for this side; source, filter_index: int64
+    [Cout] or None (see `channels`). Raises ValueError for what does not fit.
+    """
+    batch, channels, length = outputs.shape
+    side = inputs.shape[-1]
+    split = split_for(side)
+    if split is None or tuple(spectrum.shape[1:]) != (2, split.h, split.n):
+        raise ValueError(f"a spectrum of shape {list(spectrum.shape)} does not serve tiles of {side} inputs")
+    if length > side:
+        raise ValueError(f"a tile of {side} inputs has at most as many outputs, found {length}")
+    for name, tensor in (("outputs", outputs), ("inputs", inputs)):
+        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+            raise ValueError(f"channels of {name} must be contiguous; the strides are {tensor.stride()}")
+    if 0 in outputs.shape:
+        return
+    first, twiddle, second = _factors(split.h, split.n, outputs.device)
+    tile_fft_kernel[triton.cdiv(channels, split.channels), batch](
+        outputs,
+        inputs,
+        spectrum,
+        first,
+        twiddle,
+        second,
+        pointer(source, inputs),
+        pointer(filter_index, inputs),
+        side,
+        length,
+        channels,
+        outputs.stride(0),
+        outputs.stride(2),
+        inputs.stride(0),
+        inputs.stride(2),
+        HAS_SOURCE=source is not None,
+        HAS_INDEX=filter_index is not None,
+        H=split.h,
+        N=split.n,
+        BC=split.channels,
+        PRECISION=dot_precision(),
+        num_warps=split.warps,
+    )
+
+
+def tile_fft_traffic(split: Split) -> dict[str, float]:
+    """What one channel of one row costs for the largest side of a split: bytes, floating-point operations.
+
+    A spectrum is read once for all rows of a batch only as far as the cache holds it; it is counted here.
+    """
+    h, n, side = split.h, split.n, split.length // 2
+    products = 8.0 * h * h * n + 16.0 * h * n * n
+    return {
+        "reads": 4.0 * (side + side + split.length),
+        "writes": 4.0 * side,
+        "dots": products,
+        "flops": products + 18.0 * h * n + side,
+    }
+
+
+def variants() -> Iterator[Variant]:
+    """What is offered: every split, and maps for one."""
+    channels = 18 * 768
+    for split in SPLITS.values():
+        cost = tile_fft_traffic(split)
+        side = split.length // 2
+        for maps in (False, True) if side == 512 else (False,):
+            floats = ("p_out", "p_in", "p_spectrum", "p_first", "p_twiddle", "p_second")
+            integers = ("side", "length", "channels", "s_out_b", "s_out_t", "s_in_b", "s_in_t")
+            yield Variant(
+                name=f"tile_fft U={side}{' maps' if maps else ''}",
+                kernel=tile_fft_kernel,
+                types={
+                    **dict.fromkeys(floats, "*fp32"),
+                    **dict.fromkeys(("p_source", "p_index"), "*i64"),
+                    **dict.fromkeys(integers, "i32"),
+                },
+                constants={
+                    "HAS_SOURCE": maps,
+                    "HAS_INDEX": maps,
+                    "H": split.h,
+                    "N": split.n,
+                    "BC": split.channels,
+                    "PRECISION": PRECISION["cuda"],
+                },
+                hip={"PRECISION": PRECISION["hip"]},
+                aligned=integers[2:],
+                warps=split.warps,
+                work=f"{channels:,} channels",
+                reads=channels * cost["reads"],
+                writes=channels * cost["writes"],
+                flops=channels * cost["flops"],
+                by_dot=cost["dots"] / cost["flops"],
+                wide=0.5 if maps else 0.9,
+            )
