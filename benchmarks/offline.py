@@ -1,6 +1,7 @@
 """Compile a Triton kernel for a GPU that is not here, and read off what came out.
 
-No driver is needed: Triton makes PTX and AMD assembly from the kernel alone, and its wheel ships ptxas, cuobjdump and nvdisasm.
+No driver is needed: Triton makes PTX and AMD assembly from the kernel alone, and its wheel ships ptxas, cuobjdump
+and nvdisasm.
 """
 
 from __future__ import annotations

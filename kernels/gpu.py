@@ -52,7 +52,7 @@ class Variant:
     multiples of 16. `reads`, `writes` (bytes) and `flops` are of one launch, `work` its size in words. `by_dot` is
     the share of flops that belongs on matrix units. At least the share `wide` of its loads must be 128 bits wide,
     or 64 where storage of two bytes makes it `narrow`; `double` says that it computes in float64. `hip` are
-    constants that differ on AMD.
+    constants that differ on AMD, `architectures` those it is offered for.
     """
 
     name: str
@@ -70,3 +70,4 @@ class Variant:
     narrow: bool = False
     double: bool = False
     hip: Mapping[str, Any] = field(default_factory=dict)
+    architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")

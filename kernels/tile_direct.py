@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fi_compile.kernels.gpu import Variant, pointer, warp_size
 
-# Outputs a thread holds, groups of them a program has (a warp each), bytes of float32 or float64 a thread loads at once.
+# Outputs a thread holds, groups of them a program has (a warp each), bytes a thread loads at once as float32.
 REGISTERS = 8
 GROUPS = (1, 2, 4)
 LOAD = 16

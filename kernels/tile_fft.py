@@ -28,15 +28,21 @@ from torch import Tensor
 
 from fi_compile.kernels.gpu import PRECISION, Variant, dot_precision, pointer
 
+LARGE = ("sm_90", "sm_100", "gfx942")
+
 
 @dataclass(frozen=True)
 class Split:
-    """How a transform length factors, n = 2·H·N, and the channels and warps of a program."""
+    """How a transform length factors, n = 2·H·N, and the channels and warps of a program.
+
+    `narrow`: fits also where products take both operands from registers (NVIDIA before sm_90, and sm_120).
+    """
 
     h: int
     n: int
     channels: int
     warps: int
+    narrow: bool = True
 
     @property
     def length(self) -> int:
@@ -45,13 +51,29 @@ class Split:
 
 
 # 8·H + 16·N operations a value are least where H is about 2·N; no factor may be below 16.
-SPLITS = {s.length: s for s in (Split(16, 16, 4, 4), Split(32, 16, 4, 4), Split(32, 32, 4, 8))}
+SPLITS = {
+    split.length: split
+    for split in (
+        Split(16, 16, 4, 4),
+        Split(32, 16, 4, 4),
+        Split(32, 32, 4, 8, narrow=False),
+        Split(64, 32, 2, 8, narrow=False),
+    )
+}
 
 
 def split_for(side: int) -> Split | None:
     """The split that serves tiles of `side` inputs; None where none is offered."""
     length = max(min(SPLITS), 1 << (2 * side - 1).bit_length())
     return SPLITS.get(length)
+
+
+def largest_side(device: torch.device) -> int:
+    """The largest side that is offered on a device: see docs/kernels.md."""
+    everywhere = (
+        device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] in (9, 10)
+    )
+    return max(s.length for s in SPLITS.values() if everywhere or s.narrow) // 2
 
 
 def _unit(angle: Tensor) -> Tensor:
@@ -145,34 +167,35 @@ def tile_fft_kernel(
     o_h, o_n = tl.arange(0, H), tl.arange(0, N)
     o_t = o_h[:, None] * N + o_n[None, :]
 
-    # x[n1, (c, n2)], the inputs at the end of the lower half.
+    # x[(c, n2), n1], the inputs at the end of the lower half. All products are tall, and factors stand on their right.
     o_k = o_t - (H * N - side)
     p = p_in + i_b * s_in_b + o_k.to(tl.int64)[:, :, None] * s_in_t + o_in[None, None, :]
     m = (o_k >= 0)[:, :, None] & m_c[None, None, :]
     x = tl.load(p, mask=m, other=0.0).to(tl.float32)
-    x = tl.reshape(tl.permute(x, (0, 2, 1)), (H, BC * N))
+    x = tl.reshape(tl.permute(x, (2, 1, 0)), (BC * N, H))
 
     fr, fi = _load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
-    ar = tl.reshape(tl.dot(fr, x, input_precision=PRECISION), (H, BC, N))
-    ai = tl.reshape(tl.dot(fi, x, input_precision=PRECISION), (H, BC, N))
-    tr, ti = _load_pair(p_twiddle, o_h[:, None, None] * N + o_n[None, None, :], H * N)
+    ar = tl.permute(tl.reshape(tl.dot(x, tl.trans(fr), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
+    ai = tl.permute(tl.reshape(tl.dot(x, tl.trans(fi), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
+    tr, ti = _load_pair(p_twiddle, o_t[None, :, :], H * N)
     ar, ai = _times(ar, ai, tr, ti)
     gr, gi = _load_pair(p_second, o_n[:, None] * N + o_n[None, :], N * N)
-    ar, ai = tl.reshape(ar, (H * BC, N)), tl.reshape(ai, (H * BC, N))
+    ar, ai = tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
     ar, ai = _dot_pair(ar, ai, gr, gi, PRECISION)
 
-    o_s = o_f.to(tl.int64)[None, :, None] * (2 * H * N) + o_h[:, None, None] * N + o_n[None, None, :]
-    o_s = tl.where(m_c[None, :, None], o_s, 0)
-    sr, si = _load_pair(p_spectrum, o_s, H * N)
-    ar, ai = _times(tl.reshape(ar, (H, BC, N)), tl.reshape(ai, (H, BC, N)), sr, si)
+    o_s = o_f.to(tl.int64)[:, None, None] * (2 * H * N) + o_t[None, :, :]
+    sr = tl.load(p_spectrum + o_s, mask=m_c[:, None, None], other=0.0)
+    si = tl.load(p_spectrum + o_s + H * N, mask=m_c[:, None, None], other=0.0)
+    ar, ai = _times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), sr, si)
 
-    ar, ai = tl.reshape(ar, (H * BC, N)), tl.reshape(ai, (H * BC, N))
+    ar, ai = tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
     ar, ai = _dot_pair(ar, ai, gr, -gi, PRECISION)
-    ar, ai = _times(tl.reshape(ar, (H, BC, N)), tl.reshape(ai, (H, BC, N)), tr, -ti)
-    ar, ai = tl.reshape(ar, (H, BC * N)), tl.reshape(ai, (H, BC * N))
-    y = tl.dot(tl.trans(fr), ar, input_precision=PRECISION)
-    y = tl.dot(tl.trans(fi), ai, acc=y, input_precision=PRECISION)
-    y = tl.permute(tl.reshape(y, (H, BC, N)), (0, 2, 1))
+    ar, ai = _times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), tr, -ti)
+    ar = tl.reshape(tl.permute(ar, (0, 2, 1)), (BC * N, H))
+    ai = tl.reshape(tl.permute(ai, (0, 2, 1)), (BC * N, H))
+    y = tl.dot(ar, fr, input_precision=PRECISION)
+    y = tl.dot(ai, fi, acc=y, input_precision=PRECISION)
+    y = tl.permute(tl.reshape(y, (BC, N, H)), (2, 1, 0))
 
     p = p_out + i_b * s_out_b + o_t.to(tl.int64)[:, :, None] * s_out_t + o_c[None, None, :]
     m = (o_t < length)[:, :, None] & m_c[None, None, :]
@@ -280,5 +303,7 @@ def variants() -> Iterator[Variant]:
                 writes=channels * cost["writes"],
                 flops=channels * cost["flops"],
                 by_dot=cost["dots"] / cost["flops"],
-                wide=0.5 if maps else 0.9,
+                # Twiddles and factors come in narrow pieces where there are fewer of them than threads.
+                wide=0.5,
+                architectures=("sm_80", *LARGE) if split.narrow else LARGE,
             )

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from guarded import assert_close, channels_last, rand, untouched
 
 from fi_compile.kernels import tile_fft
 from fi_compile.kernels.tile import tile_reference
 from fi_compile.kernels.tile_fft import SPLITS, add_tile_fft_gpu, split_for, tile_spectrum_gpu
+from guarded import assert_close, channels_last, rand, untouched
 
 MAPS = {
     "identity": (None, None),
