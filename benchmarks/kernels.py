@@ -66,10 +66,10 @@ def table(compiled: Iterable[Compiled]) -> list[str]:
 
 def section(architecture: Architecture, compiled: Iterable[Compiled]) -> str:
     """The part of the document about one architecture."""
-    a = architecture
+    a, rates = architecture, architecture.rates
     heading = (
-        f"## {a.name}\n\nRates of {a.product}: {a.bandwidth / 1e12:.2f} TB/s, {a.simt / 1e12:.1f} Tflop/s, "
-        f"{a.matrix / 1e12:.0f} Tflop/s on matrix units at float32 accuracy; {a.shared:,} bytes of shared memory.\n"
+        f"## {a.name}\n\nRates of {a.product}: {rates.bandwidth / 1e12:.2f} TB/s, {rates.simt / 1e12:.1f} Tflop/s, "
+        f"{rates.matrix / 1e12:.0f} Tflop/s on matrix units at float32 accuracy; {a.shared:,} bytes of shared memory.\n"
     )
     return heading + "\n" + "\n".join(table(compiled)) + "\n"
 

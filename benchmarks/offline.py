@@ -17,35 +17,31 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fi_compile.kernels.gpu import Variant
+from fi_compile.kernels.gpu import H100, Rates, Variant
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is compiled for, and its datasheet: shared memory of a block in bytes, bytes and flops a second.
-
-    `simt` are float32 operations outside of matrix units, `matrix` float32 products on them in the precision that
-    keeps float32 accuracy: a third of dense TF32 on NVIDIA, which takes three passes.
-    """
+    """What is compiled for: shared memory of a block in bytes, and the datasheet's rates."""
 
     name: str
     product: str
     target: GPUTarget
     shared: int
-    bandwidth: float
-    simt: float
-    matrix: float
+    rates: Rates
 
 
 ARCHITECTURES = (
     Architecture(
-        "sm_80", "A100 SXM 80 GB", GPUTarget("cuda", 80, 32), 166_912, 2.039e12, 19.5e12, 156e12 / 3
+        "sm_80", "A100 SXM 80 GB", GPUTarget("cuda", 80, 32), 166_912, Rates(2.039e12, 19.5e12, 156e12 / 3)
     ),
-    Architecture("sm_90", "H100 SXM", GPUTarget("cuda", 90, 32), 232_448, 3.35e12, 67e12, 494.7e12 / 3),
-    Architecture("sm_100", "B200", GPUTarget("cuda", 100, 32), 232_448, 8.0e12, 75e12, 1.1e15 / 3),
-    Architecture("gfx942", "MI300X", GPUTarget("hip", "gfx942", 64), 65_536, 5.3e12, 163.4e12, 163.4e12),
+    Architecture("sm_90", "H100 SXM", GPUTarget("cuda", 90, 32), 232_448, H100),
+    Architecture("sm_100", "B200", GPUTarget("cuda", 100, 32), 232_448, Rates(8.0e12, 75e12, 1.1e15 / 3)),
+    Architecture(
+        "gfx942", "MI300X", GPUTarget("hip", "gfx942", 64), 65_536, Rates(5.3e12, 163.4e12, 163.4e12)
+    ),
 )
 
 
@@ -92,12 +88,12 @@ class Compiled:
 
     @property
     def predicted(self) -> float:
-        """Seconds of a launch at the datasheet's rates: the slowest of memory, arithmetic and matrix units."""
-        v, a = self.variant, self.architecture
-        dots = v.flops * v.by_dot
-        # Each of these computes float64 at half its rate for float32.
-        simt = a.simt / 2 if v.double else a.simt
-        return max((v.reads + v.writes) / a.bandwidth, (v.flops - dots) / simt, dots / a.matrix)
+        """Seconds of a launch at the datasheet's rates; each of these computes float64 at half its float32 rate."""
+        v = self.variant
+        flops = v.flops * (2 if v.double else 1)
+        return self.architecture.rates.seconds(
+            reads=v.reads, writes=v.writes, flops=flops, dots=v.flops * v.by_dot
+        )
 
 
 def compile_variant(variant: Variant, architecture: Architecture) -> Compiled:

@@ -55,11 +55,12 @@ def derive(
     block: int,
     batch: int,
     rewrite: Rewrite | None = None,
+    kernels: str = "torch",
 ) -> Derived:
     """Evaluate everything that does not depend on the sequence, up to the step's capacity.
 
     ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, were extracted in double
-    precision and are rounded here, once, to ``dtype``.
+    precision and are rounded here, once, to ``dtype``. ``kernels``: what runs the tiles, ``torch`` or ``triton``.
     """
     constants: dict[str, Tensor] = {}
     tables: dict[str, Tensor] = {}
@@ -79,7 +80,7 @@ def derive(
         if mixer.name in step.windows:
             constants[f"kernel:{mixer.name}"] = reference["kernel"]
         references[mixer.name] = reference
-    bank = _bank(step, filters, dtype, block)
+    bank = _bank(step, filters, dtype, block, kernels)
     if bank is not None:
         constants |= {"block_table": bank.block_table, "skip": bank.skip}
         if bank.source is not None:
@@ -89,17 +90,18 @@ def derive(
 
 
 def _bank(
-    step: StepProgram, filters: Mapping[str, Filter], dtype: torch.dtype, block: int
+    step: StepProgram, filters: Mapping[str, Filter], dtype: torch.dtype, block: int, kernels: str
 ) -> FilterBank | None:
     if not step.stacked:
         return None
-    kernels = torch.cat([filters[m.name].kernel for m in step.stacked]).to(dtype)
+    stacked = torch.cat([filters[m.name].kernel for m in step.stacked]).to(dtype)
     sources, first = [], 0
     for mixer in step.stacked:
         sources.append(mixer.source + first)
         first += mixer.layout_in.count
     plain = all(m.gather is None for m in step.stacked)
-    return FilterBank(kernels, None if plain else torch.cat(sources), channels_in=first, block=block)
+    source = None if plain else torch.cat(sources)
+    return FilterBank(stacked, source, channels_in=first, block=block, kernels=kernels)
 
 
 def _add_tables(

@@ -20,6 +20,7 @@ from .lane import Lane
 from .lower import CompiledStep
 from .mixers.convolution import Convolution, Filter, FilterGrew, classify, recognise, verify
 from .mixers.stack import state_dtype
+from .mixers.tiles import choose_kernels
 from .options import Options
 from .passes.bound_tables import bound_tables
 from .passes.certify_reads import certify_reads
@@ -59,6 +60,7 @@ class Engine:
         capacity: int | None = None,
     ) -> None:
         self.program, self.options, self.model = program, options, model
+        self.kernels = choose_kernels(options.kernels, program.example.device)
         self.capacity = self._admitted(capacity or self._first_capacity())
         self._derived: dict[tuple[int, int], Derived] = {}
         self._raised: dict[int, Program] = {}
@@ -288,7 +290,7 @@ class Engine:
         key = (batch if self.tables_have_batch else 0, capacity)
         if key not in self._derived:
             self._prove_up_to(capacity)
-            step = StepProgram(self.program, self.plan, capacity)
+            step = StepProgram(self.program, self.plan, capacity, self.kernels)
             self._derived[key] = derive(
                 step,
                 dict(self.program.values),
@@ -296,6 +298,7 @@ class Engine:
                 dtype=self.dtype,
                 block=self.options.block,
                 batch=batch,
+                kernels=self.kernels,
             )
         return self._derived[key]
 

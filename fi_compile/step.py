@@ -6,7 +6,7 @@ an ordinary function over those tensors, ready for ``make_fx`` and Inductor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,13 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .kernels.block import block_sum
+from .kernels.block import block_step
 from .mixers.convolution import Convolution
 from .mixers.window import Scan, ShortConv
 from .program import Program, Rewrite
 from .units import ALL, NEW, Plan, Unit, run_unit, take_row
 
 Tensors = Mapping[str, Tensor]
+
+
+def block_steps(kernels: str) -> Callable[..., Tensor]:
+    """What sums the base block: see ``kernels.block.block_step``."""
+    if kernels == "torch":
+        return block_step
+    from .kernels import block_step as triton_form
+
+    return triton_form.block_step
 
 
 def increment_of(mixer: Convolution) -> ShortConv | Scan | None:
@@ -40,11 +49,13 @@ class StepProgram:
     sequence and in the base block; ``history:n`` all rows so far of node n; ``rows:n`` the current block's rows of
     table n, position-major; ``table:n`` a table or constant whole; ``ring:m``, ``kernel:m``, ``source:m``,
     ``offset:m`` of mixer m; ``block_inputs``, ``block_pending``, ``block_table``, ``skip``, ``source`` of the stack.
+    ``kernels``: what sums the base block, ``torch`` or ``triton``.
     """
 
     program: Program
     plan: Plan
     capacity: int
+    kernels: str = "torch"
 
     @cached_property
     def mixers(self) -> tuple[Convolution, ...]:
@@ -155,9 +166,8 @@ class _Run:
     def stack(self, mixer: Convolution, x: Tensor) -> Tensor:
         t = self.t
         if self.pending is None:
-            self.pending = torch.index_select(t["block_pending"], 0, self.local)[0] + block_sum(
-                t["block_inputs"], t["block_table"], self.local, t.get("source")
-            )
+            block = t["block_pending"], t["block_inputs"], t["block_table"], self.local, t.get("source")
+            self.pending = block_steps(self.step.kernels)(*block)
         x = x.to(self.pending.dtype)
         self.inputs.append(x)
         count = mixer.layout_out.count

@@ -4,6 +4,9 @@ The reference and the CPU form are in `block`. The position inside the block sta
 at every position, and rows from it on are not read.
 """
 
+# What kernels mean by types and loops is Triton's affair.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fi_compile.kernels.block import block_sum
+from fi_compile.kernels import block
 from fi_compile.kernels.gpu import Variant, interpreted, pointer, warp_size
 
 # Rows a program adds at a time, a few to a warp.
@@ -85,7 +88,7 @@ def block_step_gpu(
     float32 or float64; local: int64 tensor of one element, j; source: int64 [Cout] or None. x [B, Cin] with
     skip [Cout], and gate [B, Cout], each contiguous in its channels, may be left out.
     """
-    block, batch, channels = pending.shape
+    rows, batch, channels = pending.shape
     for name, tensor in (("pending", pending), ("inputs", inputs), ("table", table)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous; the strides are {tensor.stride()}")
@@ -105,7 +108,7 @@ def block_step_gpu(
         pointer(x, inputs),
         pointer(skip, inputs),
         pointer(gate, inputs),
-        block,
+        rows,
         batch,
         inputs.shape[-1],
         channels,
@@ -115,7 +118,7 @@ def block_step_gpu(
         HAS_X=x is not None,
         HAS_GATE=gate is not None,
         DOUBLE=out.dtype == torch.float64,
-        BK=min(ROWS, triton.next_power_of_2(block)),
+        BK=min(ROWS, triton.next_power_of_2(rows)),
         BC=width,
         num_warps=WARPS,
     )
@@ -130,9 +133,8 @@ _library.define(
 
 
 def _on_cpu(pending: Tensor, inputs: Tensor, table: Tensor, local: Tensor, source: Tensor | None) -> Tensor:
-    if interpreted():
-        return block_step_gpu(pending, inputs, table, local, source)
-    return torch.index_select(pending, 0, local)[0] + block_sum(inputs, table, local, source)
+    form = block_step_gpu if interpreted() else block.block_step
+    return form(pending, inputs, table, local, source)
 
 
 _library.impl("block_step", _on_cpu, "CPU")
@@ -142,6 +144,13 @@ _library.impl("block_step", block_step_gpu, "CUDA")
 @torch.library.register_fake("flashinf::block_step", lib=_library)
 def _shape(pending: Tensor, inputs: Tensor, table: Tensor, local: Tensor, source: Tensor | None) -> Tensor:
     return pending.new_empty(pending.shape[1:])
+
+
+def block_step(
+    pending: Tensor, inputs: Tensor, table: Tensor, local: Tensor, source: Tensor | None = None
+) -> Tensor:
+    """Row j of `pending` and the block's sum, [B, Cout]: `block_step_gpu` as an operator that can be traced."""
+    return torch.ops.flashinf.block_step(pending, inputs, table, local, source)
 
 
 def variants() -> Iterator[Variant]:

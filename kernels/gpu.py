@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
+import triton.knobs
 from torch import Tensor
 
 # How float32 products of matrices run on the matrix units: three passes keep float32 accuracy on NVIDIA; AMD has
@@ -42,6 +42,25 @@ def warp_size() -> int:
 def pointer(tensor: Tensor | None, like: Tensor) -> Tensor:
     """An argument for an optional tensor: itself, or any tensor of the right device that will not be read."""
     return like if tensor is None else tensor
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a GPU's datasheet promises: bytes a second, and operations a second outside and on matrix units.
+
+    `simt` and `matrix` are at float32 accuracy: a third of dense TF32 on NVIDIA, which takes three passes.
+    """
+
+    bandwidth: float
+    simt: float
+    matrix: float
+
+    def seconds(self, *, reads: float, writes: float, flops: float, dots: float = 0.0, **_: float) -> float:
+        """The time of a launch: the slowest of memory, arithmetic and matrix units, `dots` of `flops` on those."""
+        return max((reads + writes) / self.bandwidth, (flops - dots) / self.simt, dots / self.matrix)
+
+
+H100 = Rates(3.35e12, 67e12, 494.7e12 / 3)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ at a time. An R × R product needs R inputs and 2R - 1 lags, of which R - 1 are 
 loads for R² multiply-adds.
 """
 
+# What kernels mean by types and loops is Triton's affair.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator

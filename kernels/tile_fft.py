@@ -14,6 +14,9 @@ end of the lower half, n1 < H, and the outputs are the upper half: the first and
 Sources: FlashFFTConv (arXiv 2311.05908), section 3; Flash Inference (arXiv 2410.12982), algorithm 2.
 """
 
+# What kernels mean by types and loops is Triton's affair.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import math

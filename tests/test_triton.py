@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import fi_compile
+from decoding import EAGER, ids, language_model
+
 FOLDER = Path(__file__).parent / "interpreted"
 FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
@@ -27,3 +30,12 @@ def test_interpreted_kernels(file: str):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ passed", done.stdout), done.stdout
+
+
+def test_triton_without_a_gpu_says_what_to_do(without_gradients):
+    model, sequence = language_model("fft_scale_on_filter"), ids(2, 9)
+    with pytest.raises(fi_compile.InputError, match="expected a model on a GPU, found one on 'cpu'; move"):
+        fi_compile.decoder(model, sequence, max_length=20, options={**EAGER, "kernels": "triton"})
+    assert fi_compile.decoder(model, sequence, max_length=20, options=EAGER).engine.kernels == "torch"
+    with pytest.raises(fi_compile.InputError, match="kernels='cuda': expected one of auto, torch, triton"):
+        fi_compile.Options(kernels="cuda")
