@@ -13,11 +13,11 @@ from pathlib import Path
 import triton
 
 from benchmarks.offline import ARCHITECTURES, Architecture, Compiled, compile_variant
-from fi_compile.kernels import block_step, tile_direct, tile_fft
+from fi_compile.kernels import block_step, long_conv_fft, tile_direct, tile_fft
 from fi_compile.kernels.gpu import Variant
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
-MODULES = (tile_direct, tile_fft, block_step)
+MODULES = (tile_direct, tile_fft, block_step, long_conv_fft)
 
 INTRODUCTION = """# Triton kernels, compiled
 

@@ -71,12 +71,17 @@ def split_for(side: int) -> Split | None:
     return SPLITS.get(length)
 
 
+def has_room(device: torch.device) -> bool:
+    """Whether products take operands from elsewhere than registers: sm_90, sm_100 and AMD; and the interpreter."""
+    if device.type != "cuda" or torch.version.hip:
+        return True
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def largest_side(device: torch.device) -> int:
     """The largest side that is offered on a device: see docs/kernels.md."""
-    everywhere = (
-        device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] in (9, 10)
-    )
-    return max(s.length for s in SPLITS.values() if everywhere or s.narrow) // 2
+    room = has_room(device)
+    return max(s.length for s in SPLITS.values() if room or s.narrow) // 2
 
 
 def _unit(angle: Tensor) -> Tensor:
@@ -107,11 +112,15 @@ def tile_spectrum_gpu(filters: Tensor, side: int) -> Tensor:
     split = split_for(side)
     if split is None:
         raise ValueError(f"no split serves tiles of {side} inputs; there are {sorted(SPLITS)}")
+    return block_spectrum(filters[:, : split.length].double(), split)
+
+
+def block_spectrum(lags: Tensor, split: Split) -> Tensor:
+    """`tile_spectrum_gpu` for a split, computed in the dtype of lags [F, <= n]."""
     length, h, n = split.length, split.h, split.n
-    lags = filters[:, :length].double()
     shift = torch.arange(lags.shape[-1], dtype=torch.float64, device=lags.device) * (-math.pi / length)
-    spectrum = torch.fft.fft(torch.polar(lags, shift.expand_as(lags)), n=length)
-    rows = spectrum.unflatten(-1, (n, 2 * h))[..., :h].mT
+    turned = torch.polar(lags, shift.to(lags.dtype).expand_as(lags))
+    rows = torch.fft.fft(turned, n=length).unflatten(-1, (n, 2 * h))[..., :h].mT
     sign = 1 - 2 * (torch.arange(h, device=lags.device) % 2)
     rows = rows * (2j / length * sign[:, None])
     return torch.stack([rows.real, rows.imag], 1).float().contiguous()
@@ -307,6 +316,6 @@ def variants() -> Iterator[Variant]:
                 flops=channels * cost["flops"],
                 by_dot=cost["dots"] / cost["flops"],
                 # Twiddles and factors come in narrow pieces where there are fewer of them than threads.
-                wide=0.5,
+                wide=0.4,
                 architectures=("sm_80", *LARGE) if split.narrow else LARGE,
             )
