@@ -1,18 +1,21 @@
 """The static gate: compile every Triton kernel for GPUs that are not here, and show what came out.
 
-``python -m benchmarks.kernels`` prints the table; ``--write`` writes it to ``docs/kernels.md``. Exits with 1 where
-a variant spills, exceeds shared memory, lacks matrix instructions where products are meant, or loads narrowly.
+``python -m benchmarks.kernels`` prints the table; ``--write`` writes it to ``docs/kernels.md``. Exits with 1, and
+writes nothing, where a variant spills, exceeds shared memory, lacks matrix instructions where products are meant, or
+loads narrowly.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import triton
 
 from benchmarks.offline import ARCHITECTURES, Architecture, Compiled, compile_variant
+from benchmarks.prediction import prediction
 from fi_compile.kernels import block_step, long_conv_fft, tile_direct, tile_fft
 from fi_compile.kernels.gpu import Variant
 
@@ -33,12 +36,23 @@ every variant that is offered there, compiled offline with Triton {triton}. Noth
 
 A variant that spilled, exceeded shared memory, had no matrix instructions where products are meant, or loaded
 narrowly would not be offered.
+
+Of kernels and variants `{digest}`.
 """
 
 
 def variants() -> list[Variant]:
     """Every variant of every kernel."""
     return [variant for module in MODULES for variant in module.variants()]
+
+
+def digest() -> str:
+    """What the compiled kernels were made from: their sources, the variants, and the version of Triton."""
+    functions = {id(f): f for m in MODULES for f in vars(m).values() if isinstance(f, triton.JITFunction)}
+    text = [triton.__version__, *sorted(f.src for f in functions.values())]
+    for v in variants():
+        text.append(repr((v.name, v.types, v.constants, v.aligned, v.warps, v.hip, v.architectures)))
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
 
 
 def table(compiled: Iterable[Compiled]) -> list[str]:
@@ -76,7 +90,14 @@ def section(architecture: Architecture, compiled: Iterable[Compiled]) -> str:
 
 def document(sections: Iterable[str]) -> str:
     """The whole of docs/kernels.md."""
-    return "\n".join([INTRODUCTION.format(triton=triton.__version__), *sections])
+    introduction = INTRODUCTION.format(triton=triton.__version__, digest=digest())
+    return "\n".join([introduction, *sections, prediction()])
+
+
+def compiled_for(architecture: Architecture, only: str = "") -> list[Compiled]:
+    """Every variant that is offered for an architecture, compiled."""
+    offered = [v for v in variants() if architecture.name in v.architectures and only in v.name]
+    return [compile_variant(v, architecture) for v in offered]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,15 +108,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     sections, failed = [], 0
     for architecture in ARCHITECTURES:
-        offered = [v for v in variants() if architecture.name in v.architectures and args.only in v.name]
-        compiled = [compile_variant(v, architecture) for v in offered]
+        compiled = compiled_for(architecture, args.only)
         sections.append(section(architecture, compiled))
         print(sections[-1])
         for c in compiled:
             for flaw in c.flaws:
                 failed += 1
                 print(f"GATE {architecture.name} {c.variant.name}: {flaw}")
-    if args.write and not args.only:
+    if args.write and not args.only and not failed:
         DOCUMENT.write_text(document(sections))
     print("the gate is passed" if not failed else f"{failed} variants fail the gate")
     return int(failed > 0)

@@ -1,6 +1,6 @@
 """The convolution of a whole sequence on matrix units, with both gates, in one launch.
 
-The reference, the CPU form and the gradients are in `long_conv`, the transforms in `tile_fft`. The sequence is cut
+The reference, the CPU form and the gradients are in `long_conv`, the transforms in `monarch`. The sequence is cut
 into blocks of S = H·N positions. Block i meets block j >= i through the lags (j - i - 1)·S + 1 ... (j - i + 1)·S - 1:
 a tile with a filter of its own. A program sums those of one output block in the frequency domain, and transforms back
 once. Filters of M lags reach M/S + 1 blocks back, and what lies further is skipped.
@@ -19,17 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fi_compile.kernels.gpu import PRECISION, Variant, dot_precision, pointer
-from fi_compile.kernels.tile_fft import (
-    LARGE,
-    Split,
-    _dot_pair,
-    _factors,
-    _load_pair,
-    _times,
-    block_spectrum,
-    has_room,
-    tile_fft_traffic,
-)
+from fi_compile.kernels.monarch import LARGE, Split, block_spectrum, factors, has_room
+from fi_compile.kernels.tile_fft import dot_pair, load_pair, tile_fft_traffic, times
 
 # Where there is room (see `has_room`), and elsewhere. A program transforms every block anew that it meets: only a few.
 SPLITS = {True: Split(32, 16, 4, 4, narrow=False), False: Split(16, 16, 4, 4)}
@@ -75,7 +66,7 @@ def long_conv_kernel(
     o_h, o_n = tl.arange(0, H), tl.arange(0, N)
     o_t = o_h[:, None] * N + o_n[None, :]
     o_s = o_c.to(tl.int64)[:, None, None] * (reach * 2 * H * N) + o_t[None, :, :]
-    gr, gi = _load_pair(p_second, o_n[:, None] * N + o_n[None, :], N * N)
+    gr, gi = load_pair(p_second, o_n[:, None] * N + o_n[None, :], N * N)
     sum_r = tl.zeros((BC * H, N), tl.float32)
     sum_i = tl.zeros((BC * H, N), tl.float32)
     for i in range(tl.maximum(i_j - reach + 1, 0), i_j + 1):
@@ -87,26 +78,26 @@ def long_conv_kernel(
             p = p_pre + i_b * s_pre_b + o_k[:, :, None] * s_pre_t + o_c[None, None, :] * s_pre_c
             x *= tl.load(p, mask=m, other=0.0).to(tl.float32)
         x = tl.reshape(tl.permute(x, (2, 1, 0)), (BC * N, H))
-        fr, fi = _load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
+        fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
         ar = tl.permute(tl.reshape(tl.dot(x, tl.trans(fr), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
         ai = tl.permute(tl.reshape(tl.dot(x, tl.trans(fi), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
-        tr, ti = _load_pair(p_twiddle, o_t[None, :, :], H * N)
-        ar, ai = _times(ar, ai, tr, ti)
+        tr, ti = load_pair(p_twiddle, o_t[None, :, :], H * N)
+        ar, ai = times(ar, ai, tr, ti)
         ar, ai = tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
-        ar, ai = _dot_pair(ar, ai, gr, gi, PRECISION)
+        ar, ai = dot_pair(ar, ai, gr, gi, PRECISION)
         p = p_spectrum + o_s + (i_j - i) * (2 * H * N)
         sr = tl.reshape(tl.load(p, mask=m_c[:, None, None], other=0.0), (BC * H, N))
         si = tl.reshape(tl.load(p + H * N, mask=m_c[:, None, None], other=0.0), (BC * H, N))
-        ar, ai = _times(ar, ai, sr, si)
+        ar, ai = times(ar, ai, sr, si)
         sum_r += ar
         sum_i += ai
 
-    ar, ai = _dot_pair(sum_r, sum_i, gr, -gi, PRECISION)
-    tr, ti = _load_pair(p_twiddle, o_t[None, :, :], H * N)
-    ar, ai = _times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), tr, -ti)
+    ar, ai = dot_pair(sum_r, sum_i, gr, -gi, PRECISION)
+    tr, ti = load_pair(p_twiddle, o_t[None, :, :], H * N)
+    ar, ai = times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), tr, -ti)
     ar = tl.reshape(tl.permute(ar, (0, 2, 1)), (BC * N, H))
     ai = tl.reshape(tl.permute(ai, (0, 2, 1)), (BC * N, H))
-    fr, fi = _load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
+    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
     y = tl.dot(ar, fr, input_precision=PRECISION)
     y = tl.dot(ai, fi, acc=y, input_precision=PRECISION)
     y = tl.permute(tl.reshape(y, (BC, N, H)), (2, 1, 0))
@@ -146,7 +137,7 @@ def conv_gpu(
     if not out.numel():
         return out.contiguous()
     spectra = _spectra(k[:, :length], reach, split)
-    first, twiddle, second = _factors(h, n, u.device)
+    first, twiddle, second = factors(h, n, u.device)
     operands = [(out, out), (u, u), (pre, u), (post, u)]
     pointers, strides = [], []
     for tensor, instead in operands:

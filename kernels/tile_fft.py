@@ -1,17 +1,7 @@
 """A tile for large U on a GPU: one cyclic convolution a channel, its transforms as products on matrix units.
 
-The reference and the CPU form are in `tile`. The convolution has length n = 2·H·N, a power of two, at least 2U. It
-is *negacyclic*: what wraps around changes its sign, and falls on the lower half, which is thrown away in any case. The
-frequencies are then k + 1/2, none its own mirror image, so that of real data exactly n/2 are enough: the first H
-of the 2H rows k1 below. This halves the work for every row of a batch, and spectra with it.
-
-With t = N·n1 + n2 and k = k1 + 2H·k2, and w(x) = exp(-2πi·x), the transform factors (Bailey; Monarch) into
-
-    X[k1, k2] = Σ_n2 w(n2·k2 / N) · w(n2·(k1 + 1/2) / n) · Σ_n1 w(n1·(k1 + 1/2) / 2H) · x[n1, n2]
-
-two matrix products with a twiddle between them, and the inverse into their mirror images. The inputs are placed at the
-end of the lower half, n1 < H, and the outputs are the upper half: the first and last products are halved once more.
-Sources: FlashFFTConv (arXiv 2311.05908), section 3; Flash Inference (arXiv 2410.12982), algorithm 2.
+The reference and the CPU form are in `tile`, the mathematics in `monarch`. Sources: FlashFFTConv (arXiv 2311.05908),
+section 3; Flash Inference (arXiv 2410.12982), algorithm 2.
 """
 
 # What kernels mean by types and loops is Triton's affair.
@@ -19,127 +9,31 @@ Sources: FlashFFTConv (arXiv 2311.05908), section 3; Flash Inference (arXiv 2410
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fi_compile.kernels.gpu import PRECISION, Variant, dot_precision, pointer
-
-LARGE = ("sm_90", "sm_100", "gfx942")
-
-
-@dataclass(frozen=True)
-class Split:
-    """How a transform length factors, n = 2·H·N, and the channels and warps of a program.
-
-    `narrow`: fits also where products take both operands from registers (NVIDIA before sm_90, and sm_120).
-    """
-
-    h: int
-    n: int
-    channels: int
-    warps: int
-    narrow: bool = True
-
-    @property
-    def length(self) -> int:
-        """The transform length, 2·H·N."""
-        return 2 * self.h * self.n
-
-
-# 8·H + 16·N operations a value are least where H is about 2·N; no factor may be below 16.
-SPLITS = {
-    split.length: split
-    for split in (
-        Split(16, 16, 4, 4),
-        Split(32, 16, 4, 4),
-        Split(32, 32, 4, 8, narrow=False),
-        Split(64, 32, 2, 8, narrow=False),
-    )
-}
-
-
-def split_for(side: int) -> Split | None:
-    """The split that serves tiles of `side` inputs; None where none is offered."""
-    length = max(min(SPLITS), 1 << (2 * side - 1).bit_length())
-    return SPLITS.get(length)
-
-
-def has_room(device: torch.device) -> bool:
-    """Whether products take operands from elsewhere than registers: sm_90, sm_100 and AMD; and the interpreter."""
-    if device.type != "cuda" or torch.version.hip:
-        return True
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
-
-
-def largest_side(device: torch.device) -> int:
-    """The largest side that is offered on a device: see docs/kernels.md."""
-    room = has_room(device)
-    return max(s.length for s in SPLITS.values() if room or s.narrow) // 2
-
-
-def _unit(angle: Tensor) -> Tensor:
-    """exp(-2πi·angle), of float64 angles, as [2, ...] float64."""
-    angle = -2 * math.pi * angle
-    return torch.stack([angle.cos(), angle.sin()])
-
-
-@lru_cache
-def _factors(h: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The products' matrices and the twiddles, real and imaginary parts: [2, H, H], [2, H, N], [2, N, N]."""
-    with torch.inference_mode(False):
-        rows = torch.arange(h, dtype=torch.float64)[:, None] + 0.5
-        columns = torch.arange(n, dtype=torch.float64)
-        first = _unit(rows * torch.arange(h) / (2 * h))
-        twiddle = _unit(rows * columns / (2 * h * n))
-        second = _unit(columns[:, None] * columns / n)
-        first, twiddle, second = (x.float().to(device).contiguous() for x in (first, twiddle, second))
-    return first, twiddle, second
-
-
-def tile_spectrum_gpu(filters: Tensor, side: int) -> Tensor:
-    """The spectra of the lags 0 ... n - 1 of filters [F, T] in the kernel's order: float32 [F, 2, H, N].
-
-    Lags beyond T count as zero. The inverse's scale and the sign of its upper half, i·(-1)^k1, are in them. Raises
-    ValueError where no split serves tiles of `side`.
-    """
-    split = split_for(side)
-    if split is None:
-        raise ValueError(f"no split serves tiles of {side} inputs; there are {sorted(SPLITS)}")
-    return block_spectrum(filters[:, : split.length].double(), split)
-
-
-def block_spectrum(lags: Tensor, split: Split) -> Tensor:
-    """`tile_spectrum_gpu` for a split, computed in the dtype of lags [F, <= n]."""
-    length, h, n = split.length, split.h, split.n
-    shift = torch.arange(lags.shape[-1], dtype=torch.float64, device=lags.device) * (-math.pi / length)
-    turned = torch.polar(lags, shift.to(lags.dtype).expand_as(lags))
-    rows = torch.fft.fft(turned, n=length).unflatten(-1, (n, 2 * h))[..., :h].mT
-    sign = 1 - 2 * (torch.arange(h, device=lags.device) % 2)
-    rows = rows * (2j / length * sign[:, None])
-    return torch.stack([rows.real, rows.imag], 1).float().contiguous()
+from fi_compile.kernels.monarch import LARGE, SPLITS, Split, factors, split_for
 
 
 @triton.jit
-def _load_pair(p, o, gap):
+def load_pair(p, o, gap):
     """The real parts at offsets o, and the imaginary parts `gap` further on."""
     return tl.load(p + o), tl.load(p + o + gap)
 
 
 @triton.jit
-def _times(ar, ai, br, bi):
+def times(ar, ai, br, bi):
+    """The complex product (ar + i·ai) · (br + i·bi)."""
     return ar * br - ai * bi, ar * bi + ai * br
 
 
 @triton.jit
-def _dot_pair(ar, ai, br, bi, PRECISION: tl.constexpr):
-    """The complex product (ar + i·ai) @ (br + i·bi)."""
+def dot_pair(ar, ai, br, bi, PRECISION: tl.constexpr):
+    """The complex matrix product (ar + i·ai) @ (br + i·bi)."""
     re = tl.dot(ar, br, input_precision=PRECISION)
     re = tl.dot(-ai, bi, acc=re, input_precision=PRECISION)
     im = tl.dot(ar, bi, input_precision=PRECISION)
@@ -186,23 +80,23 @@ def tile_fft_kernel(
     x = tl.load(p, mask=m, other=0.0).to(tl.float32)
     x = tl.reshape(tl.permute(x, (2, 1, 0)), (BC * N, H))
 
-    fr, fi = _load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
+    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
     ar = tl.permute(tl.reshape(tl.dot(x, tl.trans(fr), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
     ai = tl.permute(tl.reshape(tl.dot(x, tl.trans(fi), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
-    tr, ti = _load_pair(p_twiddle, o_t[None, :, :], H * N)
-    ar, ai = _times(ar, ai, tr, ti)
-    gr, gi = _load_pair(p_second, o_n[:, None] * N + o_n[None, :], N * N)
+    tr, ti = load_pair(p_twiddle, o_t[None, :, :], H * N)
+    ar, ai = times(ar, ai, tr, ti)
+    gr, gi = load_pair(p_second, o_n[:, None] * N + o_n[None, :], N * N)
     ar, ai = tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
-    ar, ai = _dot_pair(ar, ai, gr, gi, PRECISION)
+    ar, ai = dot_pair(ar, ai, gr, gi, PRECISION)
 
     o_s = o_f.to(tl.int64)[:, None, None] * (2 * H * N) + o_t[None, :, :]
     sr = tl.load(p_spectrum + o_s, mask=m_c[:, None, None], other=0.0)
     si = tl.load(p_spectrum + o_s + H * N, mask=m_c[:, None, None], other=0.0)
-    ar, ai = _times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), sr, si)
+    ar, ai = times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), sr, si)
 
     ar, ai = tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
-    ar, ai = _dot_pair(ar, ai, gr, -gi, PRECISION)
-    ar, ai = _times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), tr, -ti)
+    ar, ai = dot_pair(ar, ai, gr, -gi, PRECISION)
+    ar, ai = times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), tr, -ti)
     ar = tl.reshape(tl.permute(ar, (0, 2, 1)), (BC * N, H))
     ai = tl.reshape(tl.permute(ai, (0, 2, 1)), (BC * N, H))
     y = tl.dot(ar, fr, input_precision=PRECISION)
@@ -225,7 +119,7 @@ def add_tile_fft_gpu(
     """Add the tile to `outputs`.
 
     outputs [B, Cout, V <= U] and inputs [B, Cin, U], of one dtype, float32, float16 or bfloat16 (sums in float32),
-    their channels contiguous; spectrum: of `tile_spectrum_gpu` for this side; source, filter_index: int64
+    their channels contiguous; spectrum: of `monarch.tile_spectrum_gpu` for this side; source, filter_index: int64
     [Cout] or None (see `channels`). Raises ValueError for what does not fit.
     """
     batch, channels, length = outputs.shape
@@ -240,7 +134,7 @@ def add_tile_fft_gpu(
             raise ValueError(f"channels of {name} must be contiguous; the strides are {tensor.stride()}")
     if 0 in outputs.shape:
         return
-    first, twiddle, second = _factors(split.h, split.n, outputs.device)
+    first, twiddle, second = factors(split.h, split.n, outputs.device)
     tile_fft_kernel[triton.cdiv(channels, split.channels), batch](
         outputs,
         inputs,

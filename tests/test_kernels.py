@@ -4,6 +4,7 @@ import torch
 
 from fi_compile.kernels import channels
 from fi_compile.kernels.block import block_sum, block_sum_reference, block_table
+from fi_compile.kernels.monarch import SPLITS, factors, split_for, tile_spectrum_gpu
 from fi_compile.kernels.prefix import fast_length, prefix_cost, prefix_reference, write_prefix
 from fi_compile.kernels.tile import (
     add_tile_direct,
@@ -12,7 +13,6 @@ from fi_compile.kernels.tile import (
     tile_reference,
     tile_spectrum,
 )
-from fi_compile.kernels.tile_fft import SPLITS, _factors, split_for, tile_spectrum_gpu
 
 # Error in units of eps · ‖inputs‖ · ‖filter‖, per channel.
 TOLERANCE = 3.0
@@ -162,7 +162,7 @@ def dot_tf32x3(a, b):
 
 def fft_tile_by(dot, inputs, spectrum, length, h, n):
     """What the kernel does, in plain torch with a product of one's own."""
-    first, twiddle, second = (torch.complex(*f) for f in _factors(h, n, torch.device("cpu")))
+    first, twiddle, second = (torch.complex(*f) for f in factors(h, n, torch.device("cpu")))
 
     def product(a, b):
         if not a.is_complex():

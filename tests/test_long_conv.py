@@ -6,6 +6,7 @@ import torch
 from fi_compile.kernels import channels
 from fi_compile.kernels import long_conv as module
 from fi_compile.kernels.long_conv import conv_fft, long_conv, long_conv_cost, long_conv_reference
+from fi_compile.kernels.sparse_filter import low_frequencies, sparsify
 from guarded import assert_close, rand
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 63, 63), (1, 2, 500, 500), (3, 2, 7, 20), (1, 2, 1000, 3), (2, 1, 777, 60)]
@@ -106,3 +107,45 @@ def test_compiled_with_gradients():
 def test_gpu_form_is_asked_only_where_it_is_offered():
     u, k, pre, post = problem(1, 2, 20, 20)
     assert torch.equal(module._on_gpu(u, k, pre, post), conv_fft(u, k, pre, post))
+
+
+def test_sparse_filters_stay_causal_and_say_what_they_lost():
+    length = 200
+    k = rand(3, length) * torch.exp(-torch.arange(length) / 40)
+    k[2] = 0
+    found = sparsify(k, low_frequencies(0.25, length + 1))
+    assert found.kernel.shape == k.shape
+    assert found.kept == pytest.approx(50 / 201)
+    # What is there of the cyclic filter, frequency by frequency.
+    spectrum = torch.fft.fft(k, n=2 * length)
+    order = torch.fft.fftfreq(2 * length).abs() * 2 * length < 49.5
+    cyclic = torch.fft.ifft(spectrum * order).real
+    assert torch.allclose(found.kernel, cyclic[:, :length], atol=1e-12)
+    energy = k.square().sum(-1)
+    for row in range(2):
+        assert float(found.removed[row]) == pytest.approx(float(1 - cyclic[row].square().sum() / energy[row]))
+        future = cyclic[row, length:].square().sum() / cyclic[row].square().sum()
+        assert float(found.projected[row]) == pytest.approx(float(future))
+        assert 0 < found.projected[row] < 0.2
+        assert float(found.changed[row]) == pytest.approx(
+            float((found.kernel[row] - k[row]).square().sum() / energy[row])
+        )
+    assert float(found.changed[2]) == 0
+    assert "24.9% of the frequencies kept" in str(found)
+    # A convolution with it sees no future.
+    u = rand(1, 3, length)
+    later = u.clone()
+    later[..., 100:] = 7.0
+    a, b = long_conv(u, found.kernel), long_conv(later, found.kernel)
+    assert torch.allclose(a[..., :100], b[..., :100], atol=1e-12)
+
+
+def test_keeping_all_frequencies_changes_nothing():
+    k = rand(2, 50, dtype=torch.float32)
+    found = sparsify(k, low_frequencies(1.0, 51))
+    torch.testing.assert_close(found.kernel, k)
+    assert float(found.changed.max()) < 1e-12
+    with pytest.raises(ValueError, match=r"expected bool \[51\]"):
+        sparsify(k, low_frequencies(1.0, 50))
+    with pytest.raises(ValueError, match=r"lies in \(0, 1\], found 0"):
+        low_frequencies(0, 5)

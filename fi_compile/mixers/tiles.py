@@ -98,12 +98,12 @@ class TritonTiles(TorchTiles):
 
     def __init__(self, filters: Tensor, source: Tensor | None, filter_index: Tensor | None):
         # Only here: who stays with torch's kernels needs no Triton.
-        from fi_compile.kernels import tile_direct, tile_fft
+        from fi_compile.kernels import monarch, tile_direct, tile_fft
         from fi_compile.kernels.gpu import H100
 
         super().__init__(filters, source, filter_index)
-        self._direct, self._fft, self._rates = tile_direct, tile_fft, H100
-        self._largest = tile_fft.largest_side(filters.device)
+        self._direct, self._fft, self._monarch, self._rates = tile_direct, tile_fft, monarch, H100
+        self._largest = monarch.largest_side(filters.device)
 
     def new_state(self, batch: int, channels: int) -> Tensor:
         """Zeros [B, C, capacity], channels contiguous."""
@@ -120,7 +120,7 @@ class TritonTiles(TorchTiles):
         if side > self._direct.LARGEST:
             return "matrix" if on_matrix_units else "fft"
         direct = rates.seconds(**self._direct.tile_direct_traffic(side, length))
-        split = self._fft.split_for(side)
+        split = self._monarch.split_for(side)
         matrix = rates.seconds(**self._fft.tile_fft_traffic(split)) if on_matrix_units and split else direct
         return "direct" if direct <= matrix else "matrix"
 
@@ -129,7 +129,7 @@ class TritonTiles(TorchTiles):
             lags = self._keep(form, self._direct.LARGEST, self._direct.lag_table)
             self._direct.add_tile_direct_gpu(outputs, inputs, lags, *self.maps)
         elif form == "matrix":
-            spectrum = self._keep(form, side, self._fft.tile_spectrum_gpu)
+            spectrum = self._keep(form, side, self._monarch.tile_spectrum_gpu)
             self._fft.add_tile_fft_gpu(outputs, inputs, spectrum, *self.maps)
         else:
             super()._run(form, side, outputs, inputs)

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from fi_compile.kernels import tile_fft
+from fi_compile.kernels.monarch import SPLITS, split_for, tile_spectrum_gpu
 from fi_compile.kernels.tile import tile_reference
-from fi_compile.kernels.tile_fft import SPLITS, add_tile_fft_gpu, split_for, tile_spectrum_gpu
+from fi_compile.kernels.tile_fft import add_tile_fft_gpu
 from guarded import assert_close, channels_last, rand, untouched
 
 MAPS = {
@@ -74,11 +75,11 @@ def test_dots_take_part(monkeypatch):
     """The kernel reads its factors: wrong ones must show."""
     inputs, rho = rand(1, 3, 256, dtype=torch.float32), rand(3, 512, dtype=torch.float32)
     expected = tile_reference(inputs.double(), rho.double(), 256)
-    right = tile_fft._factors
+    right = tile_fft.factors
     for place in range(3):
         wrong = [f.clone() for f in right(16, 16, torch.device("cpu"))]
         wrong[place][0, 3, 5] += 0.5
-        monkeypatch.setattr(tile_fft, "_factors", lambda *_, wrong=wrong: wrong)
+        monkeypatch.setattr(tile_fft, "factors", lambda *_, wrong=wrong: wrong)
         outputs, _ = channels_last(torch.zeros(1, 3, 256))
         add_tile_fft_gpu(outputs, channels_last(inputs)[0], tile_spectrum_gpu(rho, 256))
         assert (outputs - expected).abs().max() > 0.01
