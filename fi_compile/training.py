@@ -24,7 +24,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -75,10 +75,9 @@ def _rewrite(graph: fx.Graph, inverse: fx.Node) -> bool:
         return False
     if _written(product):
         return False
-    pair = [_spectrum(a) for a in product.args]
-    if None in pair:
+    u, k = (_spectrum(a) for a in product.args)
+    if u is None or k is None:
         return False
-    u, k = pair
     # The filter is the one that is the same for all rows: fewer dimensions, or sizes of one.
     if _spread(u.signal) < _spread(k.signal):
         u, k = k, u
@@ -123,7 +122,7 @@ def _spectrum(node: Any) -> _Spectrum | None:
         if _written(node):
             return None
         apply = operator.mul if node.target in _PRODUCTS else operator.truediv
-        left, right = node.args
+        left, right = cast(Any, node.args)
         if apply is operator.mul and _is_number(left):
             left, right = right, left
         if not _is_number(right) or not isinstance(left, fx.Node):
@@ -175,7 +174,8 @@ def _reads_at_most(inverse: fx.Node, dim: int, length: Any) -> bool:
     for user in inverse.users:
         if user.target is not operator.getitem or user.args[0] is not inverse:
             return False
-        index = user.args[1] if isinstance(user.args[1], tuple) else (user.args[1],)
+        index: Any = user.args[1]
+        index = index if isinstance(index, tuple) else (index,)
         if any(not isinstance(i, slice) and i is not Ellipsis for i in index):
             return False
         if Ellipsis in index:
