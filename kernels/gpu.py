@@ -29,6 +29,13 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" or interpreted()
 
 
+def capable(device: torch.device) -> bool:
+    """Whether a device that kernels run on has the matrix units that they use: sm_80 and later, AMD."""
+    if device.type != "cuda" or torch.version.hip:
+        return True
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def dot_precision() -> str:
     """The `input_precision` of float32 products on the GPU of this process."""
     return PRECISION["hip" if torch.version.hip else "cuda"]

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fi_compile.kernels.gpu import PRECISION, Variant, dot_precision, pointer
+from fi_compile.kernels.gpu import PRECISION, Variant, capable, dot_precision, pointer
 from fi_compile.kernels.monarch import LARGE, Split, block_spectrum, factors, has_room
 from fi_compile.kernels.tile_fft import dot_pair, load_pair, tile_fft_traffic, times
 
@@ -65,17 +65,18 @@ def long_conv_kernel(
     m_c = o_c < channels
     o_h, o_n = tl.arange(0, H), tl.arange(0, N)
     o_t = o_h[:, None] * N + o_n[None, :]
-    o_s = o_c.to(tl.int64)[:, None, None] * (reach * 2 * H * N) + o_t[None, :, :]
+    o_w = o_c.to(tl.int64)
+    o_s = o_w[:, None, None] * (reach * 2 * H * N) + o_t[None, :, :]
     gr, gi = load_pair(p_second, o_n[:, None] * N + o_n[None, :], N * N)
     sum_r = tl.zeros((BC * H, N), tl.float32)
     sum_i = tl.zeros((BC * H, N), tl.float32)
     for i in range(tl.maximum(i_j - reach + 1, 0), i_j + 1):
         o_k = (i * (H * N) + o_t).to(tl.int64)
         m = (o_k < length)[:, :, None] & m_c[None, None, :]
-        p = p_u + i_b * s_u_b + o_k[:, :, None] * s_u_t + o_c[None, None, :] * s_u_c
+        p = p_u + i_b * s_u_b + o_k[:, :, None] * s_u_t + o_w[None, None, :] * s_u_c
         x = tl.load(p, mask=m, other=0.0).to(tl.float32)
         if HAS_PRE:
-            p = p_pre + i_b * s_pre_b + o_k[:, :, None] * s_pre_t + o_c[None, None, :] * s_pre_c
+            p = p_pre + i_b * s_pre_b + o_k[:, :, None] * s_pre_t + o_w[None, None, :] * s_pre_c
             x *= tl.load(p, mask=m, other=0.0).to(tl.float32)
         x = tl.reshape(tl.permute(x, (2, 1, 0)), (BC * N, H))
         fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
@@ -105,7 +106,7 @@ def long_conv_kernel(
     o_k = (i_j * (H * N) + o_t).to(tl.int64)
     m = (o_k < length)[:, :, None] & m_c[None, None, :]
     if HAS_POST:
-        p = p_post + i_b * s_post_b + o_k[:, :, None] * s_post_t + o_c[None, None, :] * s_post_c
+        p = p_post + i_b * s_post_b + o_k[:, :, None] * s_post_t + o_w[None, None, :] * s_post_c
         y *= tl.load(p, mask=m, other=0.0).to(tl.float32)
     p = p_y + i_b * s_y_b + o_k[:, :, None] * s_y_t + o_c[None, None, :]
     tl.store(p, y.to(p_y.dtype.element_ty), mask=m)
@@ -119,7 +120,11 @@ def blocks_met(length: int, lags: int, side: int) -> int:
 def offered(u: Tensor, k: Tensor) -> bool:
     """Whether `conv_gpu` serves these operands better than transforms by torch: few blocks, no float64."""
     side = SPLITS[has_room(u.device)].length // 2
-    return u.dtype != torch.float64 and blocks_met(u.shape[-1], k.shape[-1], side) <= MOST_BLOCKS
+    return (
+        capable(u.device)
+        and u.dtype != torch.float64
+        and blocks_met(u.shape[-1], k.shape[-1], side) <= MOST_BLOCKS
+    )
 
 
 def conv_gpu(

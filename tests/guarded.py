@@ -22,14 +22,16 @@ def channels_last(values: Tensor, gap: int = 0, fill: float = float("nan")) -> t
     return view, around
 
 
+def fenced(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for outputs: around them lie sevens, which a kernel that adds would change and NaN would hide."""
+    return channels_last(values, gap=2, fill=7.0)
+
+
 def untouched(around: Tensor, view: Tensor) -> bool:
-    """Whether everything around a view made by `channels_last` with NaN is still NaN."""
+    """Whether everything around a view made by `fenced` is as it was."""
     after = around.clone()
-    inside = torch.as_strided(
-        after, view.shape, view.stride(), view.storage_offset() - around.storage_offset()
-    )
-    inside.fill_(float("nan"))
-    return bool(after.isnan().all())
+    torch.as_strided(after, view.shape, view.stride(), view.storage_offset()).fill_(7.0)
+    return bool((after == 7).all())
 
 
 def assert_close(actual: Tensor, expected: Tensor, scale: float, units: float) -> None:

@@ -15,9 +15,6 @@ from fi_compile.errors import InputError
 from fi_compile.kernels.tile import add_tile_direct, add_tile_fft, tile_cost, tile_spectrum
 from fi_compile.schedule import Tile
 
-# The oldest GPUs whose matrix units the kernels use.
-_LEAST_CAPABILITY = (8, 0)
-
 
 def choose_kernels(option: str, device: torch.device) -> str:
     """`torch` or `triton` for a device: what the option says, or for `auto` Triton on GPUs that it serves.
@@ -26,11 +23,10 @@ def choose_kernels(option: str, device: torch.device) -> str:
     """
     if option == "torch" or (option == "auto" and device.type != "cuda"):
         return "torch"
-    if option == "auto":
-        capable = bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
-        return "triton" if capable else "torch"
-    from fi_compile.kernels.gpu import runs_on
+    from fi_compile.kernels.gpu import capable, runs_on
 
+    if option == "auto":
+        return "triton" if capable(device) else "torch"
     if not runs_on(device):
         raise InputError(
             f"option kernels='triton': expected a model on a GPU, found one on {device.type!r}; move the model, use"

@@ -4,7 +4,7 @@ import torch
 from fi_compile.kernels import tile_direct
 from fi_compile.kernels.tile import tile_reference
 from fi_compile.kernels.tile_direct import add_tile_direct_gpu, lag_table
-from guarded import assert_close, channels_last, rand, untouched
+from guarded import assert_close, channels_last, fenced, rand, untouched
 
 MAPS = {
     "identity": (None, None),
@@ -50,18 +50,18 @@ def test_direct_tile(batch, side, length, maps, dtype):
     inputs, rho, source, index, expected, before, scale = problem(batch, side, length, maps, dtype)
     lags = lag_table(rho, side)
     assert lags.shape == (min(2 * side, rho.shape[1]), rho.shape[0])
-    outputs, around = channels_last(before, gap=2)
+    outputs, around = fenced(before)
     # Exactly the lags a tile may read; what lies around inputs and lags is NaN.
     inputs, _ = channels_last(inputs, gap=2)
-    fenced, _ = channels_last(lags.t()[None], gap=2)
-    add_tile_direct_gpu(outputs, inputs, fenced[0].t(), source, index)
+    wide, _ = channels_last(lags.t()[None], gap=2)
+    add_tile_direct_gpu(outputs, inputs, wide[0].t(), source, index)
     assert_close(outputs, expected, scale, units=3)
     assert untouched(around, outputs)
 
 
 def test_largest_side():
     inputs, rho, source, index, expected, before, scale = problem(1, 256, 4, "identity", torch.float32)
-    outputs, around = channels_last(before)
+    outputs, around = fenced(before)
     add_tile_direct_gpu(outputs, channels_last(inputs)[0], lag_table(rho, 256), source, index)
     assert_close(outputs, expected, scale, units=3)
     assert untouched(around, outputs)

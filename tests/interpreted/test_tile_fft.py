@@ -5,7 +5,7 @@ from fi_compile.kernels import tile_fft
 from fi_compile.kernels.monarch import SPLITS, split_for, tile_spectrum_gpu
 from fi_compile.kernels.tile import tile_reference
 from fi_compile.kernels.tile_fft import add_tile_fft_gpu
-from guarded import assert_close, channels_last, rand, untouched
+from guarded import assert_close, channels_last, fenced, rand, untouched
 
 MAPS = {
     "identity": (None, None),
@@ -37,12 +37,12 @@ def test_fft_tile(batch, side, length, maps, lags):
     padded = torch.nn.functional.pad(rho.double(), (0, max(0, side + length - lags)))
     expected = tile_reference(inputs.double(), padded, length, source, index)
     before = rand(*expected.shape, dtype=torch.float32, seed=2)
-    outputs, around = channels_last(before, gap=2)
-    fenced, _ = channels_last(inputs, gap=2)
+    outputs, around = fenced(before)
+    wide, _ = channels_last(inputs, gap=2)
     spectrum = tile_spectrum_gpu(rho, side)
     beside = torch.full((filters + 2, *spectrum.shape[1:]), torch.nan)
     beside[1:-1] = spectrum
-    add_tile_fft_gpu(outputs, fenced, beside[1:-1], source, index)
+    add_tile_fft_gpu(outputs, wide, beside[1:-1], source, index)
     scale = inputs.double().norm(dim=-1).max() * rho.double().norm(dim=-1).max() + before.abs().max()
     assert_close(outputs, expected + before.double(), float(scale), units=3)
     assert untouched(around, outputs)
@@ -51,7 +51,7 @@ def test_fft_tile(batch, side, length, maps, lags):
 def test_half_precision_storage():
     inputs, rho = rand(1, 3, 256, dtype=torch.float16), rand(3, 512, dtype=torch.float32, seed=1)
     expected = tile_reference(inputs.double(), rho.double(), 256)
-    outputs, around = channels_last(torch.zeros(1, 3, 256, dtype=torch.float16))
+    outputs, around = fenced(torch.zeros(1, 3, 256, dtype=torch.float16))
     add_tile_fft_gpu(outputs, channels_last(inputs)[0], tile_spectrum_gpu(rho, 256))
     assert_close(outputs, expected, float(expected.abs().max()), units=1)
     assert untouched(around, outputs)
