@@ -60,7 +60,6 @@ def use_long_conv(gm: fx.GraphModule) -> int:
         if node.op == "call_function" and node.target is torch.fft.irfft:
             found += _rewrite(gm.graph, node)
     if found:
-        gm.graph.eliminate_dead_code()
         gm.graph.lint()
         gm.recompile()
     return found
@@ -97,7 +96,24 @@ def _rewrite(graph: fx.Graph, inverse: fx.Node) -> bool:
             scaled.meta["example_value"] = y.meta["example_value"]
             y = scaled
     inverse.replace_all_uses_with(y)
+    _erase(graph, inverse)
     return True
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase a transform that nobody uses any more, and what led to it alone.
+
+    Not all dead code: to fx, an operation in place whose result is not used is dead as well.
+    """
+    pure = (torch.fft.rfft, torch.fft.irfft, *_PRODUCTS, *_QUOTIENTS)
+    waiting, erased = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if node in erased or node.users or not _is_call(node, pure) or not isinstance(_value(node), Tensor):
+            continue
+        waiting += node.all_input_nodes
+        erased.add(node)
+        graph.erase_node(node)
 
 
 def causal(u: Tensor, k: Tensor, dim: int, filter_dim: int) -> Tensor:
