@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 
+from . import training
 from .doors import (
     Door,
     DoorKey,
@@ -59,6 +60,7 @@ def flashinf(
         return _raiser(error)
     roles = _roles(gm, example_inputs)
     if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs):
+        training.use_long_conv(gm)
         return _Training(lookup_backend(chosen.fallback)(gm, list(example_inputs)), roles)
     plain = _Plain(gm, chosen, mode, dynamic=isinstance(roles, (Roles, Refusal)))
     if isinstance(roles, Refusal):

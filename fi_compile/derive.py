@@ -58,11 +58,12 @@ def derive(
     block: int,
     batch: int,
     rewrite: Rewrite | None = None,
+    kernels: str = "torch",
 ) -> Derived:
     """Evaluate everything that does not depend on the sequence, up to the step's capacity.
 
-    ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, are what each mixer derived in
-    double precision, rounded here, once, to ``dtype``.
+    ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, are what each mixer derived
+    in double precision, rounded here, once, to ``dtype``. ``kernels``: what runs the tiles, ``torch`` or ``triton``.
     """
     constants: dict[str, Tensor] = {}
     tables: dict[str, Tensor] = {}
@@ -89,7 +90,7 @@ def derive(
             else:
                 tables[f"offset:{mixer.name}"] = reference["offset"].t().contiguous()
         references[mixer.name] = reference
-    bank = _bank(step, filters, dtype, block)
+    bank = _bank(step, filters, dtype, block, kernels)
     if bank is not None:
         constants |= {"block_table": bank.block_table, "skip": bank.skip}
         if bank.source is not None:
@@ -98,10 +99,12 @@ def derive(
     return Derived(step, values, dtype, block, bank, constants, tables, references, rewrite is not None)
 
 
-def _bank(step: StepProgram, filters: Mapping[str, Any], dtype: torch.dtype, block: int) -> FilterBank | None:
+def _bank(
+    step: StepProgram, filters: Mapping[str, Any], dtype: torch.dtype, block: int, kernels: str
+) -> FilterBank | None:
     if not step.stacked:
         return None
-    kernels = torch.cat([filters[m.name].kernel for m in step.stacked]).to(dtype)
+    stacked = torch.cat([filters[m.name].kernel for m in step.stacked]).to(dtype)
     sources, targets, channels_in, channels_out = [], [], 0, 0
     for mixer in step.stacked:
         sources.append(mixer.source + channels_in)
@@ -113,10 +116,12 @@ def _bank(step: StepProgram, filters: Mapping[str, Any], dtype: torch.dtype, blo
     target = None if all(m.fan_in == 1 for m in step.stacked) else torch.cat(targets)
     reach = max(m.room for m in step.stacked) if all(m.ends for m in step.stacked) else None
     if reach is not None and window_size(reach, block) <= step.capacity // 2:
-        kernels = kernels[:, : window_size(reach, block)]
+        stacked = stacked[:, : window_size(reach, block)]
     else:
         reach = None
-    return FilterBank(kernels, source, target=target, channels_in=channels_in, block=block, reach=reach)
+    return FilterBank(
+        stacked, source, target=target, channels_in=channels_in, block=block, reach=reach, kernels=kernels
+    )
 
 
 def _add_tables(

@@ -26,6 +26,7 @@ from .mixers.increments import Mixer
 from .mixers.linear_attention import LinearAttention, recognise_group
 from .mixers.recurrence import as_recurrence, with_modes
 from .mixers.stack import state_dtype
+from .mixers.tiles import choose_kernels
 from .options import Options
 from .passes.bound_tables import bound_tables
 from .passes.certify_reads import certify_reads
@@ -67,6 +68,7 @@ class Engine:
         capacity: int | None = None,
     ) -> None:
         self.program, self.options, self.model = with_masks(program), options, model
+        self.kernels = choose_kernels(options.kernels, program.example.device)
         self._reach: int | None = None  # positions at which the tables end, once that was met
         self._reached = 0
         self.capacity = self._admitted(self._within_tables(capacity or self._first_capacity()))
@@ -355,7 +357,7 @@ class Engine:
         key = (batch if self.tables_have_batch else 0, capacity)
         if key not in self._derived:
             self._prove_up_to(capacity)
-            step = StepProgram(self.program, self.plan, capacity)
+            step = StepProgram(self.program, self.plan, capacity, kernels=self.kernels)
             self._derived[key] = derive(
                 step,
                 dict(self.program.values),
@@ -363,6 +365,7 @@ class Engine:
                 dtype=self.dtype,
                 block=self.options.block,
                 batch=batch,
+                kernels=self.kernels,
             )
         return self._derived[key]
 

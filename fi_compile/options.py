@@ -10,6 +10,7 @@ from typing import Any
 from .errors import InputError
 
 _CHOICES = {
+    "kernels": ("auto", "torch", "triton"),
     "fallback": ("inductor", "eager"),
     "step": ("inductor", "eager"),
 }
@@ -22,6 +23,7 @@ class Options:
     ``max_length``: most positions a sequence may have (None: what the model's guards admit, growing).
     ``growth``: whether capacity doubles when it is used up. ``capacity``: positions to make room for at first.
     ``block``: the base block K, positions summed directly in the step before tiles take over.
+    ``kernels``: what runs the convolutions, ``torch`` or ``triton`` (``auto``: Triton on a GPU).
     ``step``: how a step runs, ``inductor`` or ``eager`` (no compiler, slow, for tests).
     ``fallback``: what runs a model that is refused under ``torch.compile``.
     ``memory_limit``: bytes of state all sessions of the transparent mode may hold together.
@@ -31,6 +33,7 @@ class Options:
     growth: bool = True
     capacity: int = 1024
     block: int = 32
+    kernels: str = "auto"
     step: str = "inductor"
     fallback: str = "inductor"
     memory_limit: int = 4 << 30

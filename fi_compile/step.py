@@ -6,7 +6,7 @@ an ordinary function over those tensors, ready for ``make_fx`` and Inductor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .kernels.block import block_sum
+from .kernels.block import block_step, block_sum
 from .mixers.convolution import Convolution
 from .mixers.increments import Increment, Mixer, increment_of, weights_of
 from .mixers.reference import sum_pairs
@@ -22,6 +22,15 @@ from .program import Program, Rewrite
 from .units import ALL, NEW, Plan, Unit, run_unit, take_row
 
 Tensors = Mapping[str, Tensor]
+
+
+def block_steps(kernels: str) -> Callable[..., Tensor]:
+    """What sums the base block: see ``kernels.block.block_step``."""
+    if kernels == "torch":
+        return block_step
+    from .kernels import block_step as triton_form
+
+    return triton_form.block_step
 
 
 @dataclass(frozen=True)
@@ -34,12 +43,14 @@ class StepProgram:
     m and the weights its increment needs (``kernel:m``, …);
     ``block_inputs``, ``block_pending``, ``block_table``, ``skip``, ``source`` of the stack. Histories are read
     up to ``reach`` rows (None: all there are), which must exceed the position.
+    ``kernels``: what sums the base block, ``torch`` or ``triton``.
     """
 
     program: Program
     plan: Plan
     capacity: int
     reach: int | None = None
+    kernels: str = "torch"
 
     @property
     def length(self) -> int:
@@ -161,9 +172,13 @@ class _Run:
 
     def stack(self, mixer: Convolution, x: Tensor) -> Tensor:
         t = self.t
-        if self.pending is None or self.pairs is None:
-            self.pending = torch.index_select(t["block_pending"], 0, self.local)[0]
-            self.pairs = block_sum(t["block_inputs"], t["block_table"], self.local, t.get("source"))
+        if self.pending is None:
+            block = t["block_inputs"], t["block_table"], self.local, t.get("source")
+            if all(m.fan_in == 1 for m in self.step.stacked):
+                self.pending = block_steps(self.step.kernels)(t["block_pending"], *block)
+            else:
+                self.pending = torch.index_select(t["block_pending"], 0, self.local)[0]
+                self.pairs = block_sum(*block)
         x = x.to(self.pending.dtype)
         self.inputs.append(x)
         count = mixer.layout_out.count
@@ -172,9 +187,10 @@ class _Run:
         self.channel_out, self.pair = channels.stop, pairs.stop
         source = t.get(f"source:{mixer.name}")
         now = x if source is None else x.index_select(1, source)
-        return self.pending[:, channels] + sum_pairs(
-            self.pairs[:, pairs] + now * t["skip"][pairs], mixer.fan_in
-        )
+        terms = now * t["skip"][pairs]
+        if self.pairs is not None:
+            terms = terms + self.pairs[:, pairs]
+        return self.pending[:, channels] + sum_pairs(terms, mixer.fan_in)
 
     def output(self, node: Any) -> Any:
         if not isinstance(node, fx.Node) or node not in self.step.axes:

@@ -49,3 +49,10 @@ def block_sum(inputs: Tensor, table: Tensor, j: Tensor, source: Tensor | None = 
     if source is not None:
         inputs = inputs.index_select(2, source)
     return (inputs * weights.unsqueeze(1)).sum(0)
+
+
+def block_step(
+    pending: Tensor, inputs: Tensor, table: Tensor, j: Tensor, source: Tensor | None = None
+) -> Tensor:
+    """Row j of `pending` [K, B, Cout] and the block's sum: [B, Cout]."""
+    return torch.index_select(pending, 0, j)[0] + block_sum(inputs, table, j, source)

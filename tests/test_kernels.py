@@ -4,6 +4,7 @@ import torch
 
 from fi_compile.kernels import channels
 from fi_compile.kernels.block import block_sum, block_sum_reference, block_table
+from fi_compile.kernels.monarch import SPLITS, factors, split_for, tile_spectrum_gpu
 from fi_compile.kernels.prefix import fast_length, prefix_cost, prefix_reference, write_prefix
 from fi_compile.kernels.tile import (
     add_tile_direct,
@@ -144,3 +145,61 @@ def test_block_sum(block, lags, dtype, channel_map):
         inputs_after = inputs.clone()
         inputs_after[j:] = 1e30
         assert torch.equal(block_sum(inputs_after, table, torch.tensor(j), source), actual)
+
+
+def tf32(x):
+    """Rounded to the ten bits of fraction that a matrix unit reads, ties away from zero."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def dot_tf32x3(a, b):
+    """The three products that keep float32 accuracy, as `tl.dot(input_precision="tf32x3")` does."""
+    a_high, b_high = tf32(a), tf32(b)
+    a_low, b_low = tf32(a - a_high), tf32(b - b_high)
+    return a_low @ b_high + a_high @ b_low + a_high @ b_high
+
+
+def fft_tile_by(dot, inputs, spectrum, length, h, n):
+    """What the kernel does, in plain torch with a product of one's own."""
+    first, twiddle, second = (torch.complex(*f) for f in factors(h, n, torch.device("cpu")))
+
+    def product(a, b):
+        if not a.is_complex():
+            return torch.complex(dot(a, b.real), dot(a, b.imag))
+        re = dot(a.real, b.real) - dot(a.imag, b.imag)
+        return torch.complex(re, dot(a.real, b.imag) + dot(a.imag, b.real))
+
+    x = torch.nn.functional.pad(inputs, (h * n - inputs.shape[-1], 0)).unflatten(-1, (h, n))
+    middle = product(product(x.mT, first.T).mT * twiddle, second) * torch.complex(*spectrum.unbind(1))
+    back = product(middle, second.conj()) * twiddle.conj()
+    y = dot(back.real.mT, first.real) + dot(back.imag.mT, first.imag)
+    return y.mT.flatten(-2)[..., :length]
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=str)
+def test_fft_tile_keeps_float32_accuracy_on_matrix_units(split):
+    side = split.length // 2
+    inputs = rand(2, 3, side, dtype=torch.float32)
+    filters = rand(3, 2 * side, dtype=torch.float32, seed=1)
+    expected = tile_reference(inputs.double(), filters.double(), side)
+    spectrum = tile_spectrum_gpu(filters, side)
+    found = fft_tile_by(dot_tf32x3, inputs, spectrum, side, split.h, split.n)
+    assert_close(found, expected, inputs, filters)
+    rough = fft_tile_by(lambda a, b: tf32(a) @ tf32(b), inputs, spectrum, side, split.h, split.n)
+    scale = inputs.double().norm(dim=-1).max() * filters.double().norm(dim=-1).max()
+    assert (rough - expected).abs().max() > 100 * torch.finfo(torch.float32).eps * scale
+
+
+def test_spectra_in_the_kernels_order_are_half_of_the_odd_frequencies():
+    filters = rand(2, 300)
+    split = split_for(200)
+    lags = torch.nn.functional.pad(filters, (0, split.length - 300))
+    t = torch.arange(split.length, dtype=torch.float64)
+    found = torch.complex(*tile_spectrum_gpu(filters, 200).double().unbind(1))
+    for k1, k2 in ((0, 0), (3, 5), (split.h - 1, split.n - 1)):
+        k = k1 + 2 * split.h * k2
+        angle = -2 * torch.pi * t * (k + 0.5) / split.length
+        expected = (lags * torch.polar(torch.ones_like(t), angle)).sum(-1)
+        expected = expected * 2j * (-1) ** k1 / split.length
+        assert torch.allclose(found[:, k1, k2], expected, atol=1e-7)

@@ -277,11 +277,11 @@ def test_bank_is_a_copy_of_its_filters():
     filters = make_filters(100)
     bank = FilterBank(filters, SOURCE, INDEX, channels_in=CIN, block=8)
     expected = [bank.filters.clone(), bank.skip.clone(), bank.block_table.clone()]
-    spectrum = bank.spectrum(16)
+    spectrum = bank.tiles.spectrum(16)
     filters.zero_()
     for tensor, value in zip((bank.filters, bank.skip, bank.block_table), expected, strict=True):
         assert torch.equal(tensor, value)
-    assert bank.spectrum(16) is spectrum
+    assert bank.tiles.spectrum(16) is spectrum
     assert bank.nbytes > bank.filters.nbytes + spectrum.nbytes
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fi_compile.kernels.block import block_table
 from fi_compile.kernels.prefix import write_prefix
-from fi_compile.kernels.tile import add_tile_direct, add_tile_fft, tile_cost, tile_spectrum
+from fi_compile.mixers.tiles import TILES
 from fi_compile.schedule import SLACK, Schedule, Tile
 
 from .pairs import count_pairs
@@ -32,7 +32,8 @@ class FilterBank:
     of each output channel; None where they are the same. filter_index: int64 [Cout], the filter of
     each output channel; None where each has its own. block: the base block K. target: int64 [P], ascending, where
     output channels read several inputs each: `source` and `filter_index` then count pairs, and pair p belongs to
-    output channel `target[p]`; None where a pair is an output channel.
+    output channel `target[p]`; None where a pair is an output channel. kernels: `torch` or `triton`, what
+    runs the tiles (see `tiles`).
 
     reach: the number of lags from the first to the last that is not zero, where a sequence may go on beyond the
     capacity; None where it ends there. A state then drops inputs that no filter reaches any more, and keeps
@@ -52,6 +53,7 @@ class FilterBank:
         channels_in: int,
         block: int,
         reach: int | None = None,
+        kernels: str = "torch",
     ):
         if filters.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"filters are float32 or float64, found {filters.dtype}")
@@ -83,7 +85,8 @@ class FilterBank:
                 f"filters that reach {reach} lags need a capacity of two halves, each of whole blocks and"
                 f" of {reach + SLACK - 1} positions or more; found {self.capacity}"
             )
-        self._spectra: dict[int, Tensor] = {}
+        chosen = kernels if target is None else "torch"  # the Triton kernels know no pairs
+        self.tiles = TILES[chosen](self.filters, self.source, self.filter_index, self.target)
 
     @property
     def capacity(self) -> int:
@@ -97,28 +100,14 @@ class FilterBank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of filters, tables and the spectra made so far."""
-        tensors = [self.filters, self.block_table, self.skip, *self._spectra.values()]
+        """Bytes of filters, tables and what the tiles have made of them so far."""
+        tensors = [self.filters, self.block_table, self.skip]
         tensors += [t for t in (self.source, self.filter_index, self.target) if t is not None]
-        return sum(t.nbytes for t in tensors)
-
-    def spectrum(self, side: int) -> Tensor:
-        """The filters' spectra for tiles of `side`, complex [F, side + 1], made on first use."""
-        if side not in self._spectra:
-            with torch.inference_mode(False), torch.no_grad():
-                self._spectra[side] = tile_spectrum(self.filters, side)
-        return self._spectra[side]
+        return sum(t.nbytes for t in tensors) + self.tiles.nbytes
 
     def add_tile(self, tile: Tile, history: Tensor, pending: Tensor) -> None:
         """Add to pending [B, Cout, capacity] what a tile's inputs in history contribute."""
-        inputs = history[:, :, tile.inputs.start : tile.inputs.stop]
-        outputs = pending[:, :, tile.outputs.start : tile.outputs.stop]
-        cost = tile_cost(tile.side, len(tile.outputs))
-        if cost["direct"] < cost["fft"]:
-            add_tile_direct(outputs, inputs, self.filters, self.source, self.filter_index, self.target)
-        else:
-            spectrum = self.spectrum(tile.side)
-            add_tile_fft(outputs, inputs, spectrum, self.source, self.filter_index, self.target)
+        self.tiles.add(tile, history, pending)
 
     def write_prefix(self, history: Tensor, pending: Tensor, length: int) -> None:
         """Make pending[..., length:] what the first `length` inputs contribute, and no more."""
@@ -150,11 +139,11 @@ class ConvState:
         if batch < 1:
             raise ValueError(f"a state has at least one row, found {batch}")
         self.bank = bank
-        capacity, block = bank.capacity, bank.block
+        block = bank.block
         with torch.inference_mode(False):
+            self.history = bank.tiles.new_state(batch, bank.channels_in)
+            self.pending = bank.tiles.new_state(batch, bank.channels_out)
             new = bank.filters.new_zeros
-            self.history = new(batch, bank.channels_in, capacity)
-            self.pending = new(batch, bank.channels_out, capacity)
             self.block_inputs = new(block, batch, bank.channels_in)
             self.block_pending = new(block, batch, bank.channels_out)
         self.position = 0
@@ -238,8 +227,10 @@ class ConvState:
 
     def _load_block(self) -> None:
         """The block that begins at `position`: its pending outputs, no inputs yet."""
-        # Compact first: transposing out of rows a capacity apart misses the cache at every value.
-        pending = self.pending[:, :, self.position : self._block_end].contiguous()
+        pending = self.pending[:, :, self.position : self._block_end]
+        if pending.stride(2) == 1:
+            # Compact first: transposing out of rows a capacity apart misses the cache at every value.
+            pending = pending.contiguous()
         self.block_pending[: pending.shape[2]] = pending.permute(2, 0, 1)
         # Later rows weigh nothing in a block's sum, but nothing times infinity is NaN.
         self.block_inputs.zero_()
@@ -377,8 +368,8 @@ class ConvState:
             self._refuse()
         new = ConvState.__new__(ConvState)
         with torch.inference_mode(False):
-            new.history = self.history.index_select(0, index)
-            new.pending = self.pending.index_select(0, index)
+            new.history = self.bank.tiles.select_rows(self.history, index)
+            new.pending = self.bank.tiles.select_rows(self.pending, index)
             new.block_inputs = self.block_inputs.index_select(1, index)
             new.block_pending = self.block_pending.index_select(1, index)
         new.bank, new.position, new.consistent = self.bank, self.position, True

@@ -1,0 +1,241 @@
+"""The convolution of a whole sequence on matrix units, with both gates, in one launch.
+
+The reference, the CPU form and the gradients are in `long_conv`, the transforms in `monarch`. The sequence is cut
+into blocks of S = H·N positions. Block i meets block j >= i through the lags (j - i - 1)·S + 1 ... (j - i + 1)·S - 1:
+a tile with a filter of its own. A program sums those of one output block in the frequency domain, and transforms back
+once. Filters of M lags reach M/S + 1 blocks back, and what lies further is skipped.
+"""
+
+# What kernels mean by types and loops is Triton's affair.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fi_compile.kernels.gpu import PRECISION, Variant, capable, dot_precision, pointer
+from fi_compile.kernels.monarch import LARGE, Split, block_spectrum, factors, has_room
+from fi_compile.kernels.tile_fft import dot_pair, load_pair, tile_fft_traffic, times
+
+# Where there is room (see `has_room`), and elsewhere. A program transforms every block anew that it meets: only a few.
+SPLITS = {True: Split(32, 16, 4, 4, narrow=False), False: Split(16, 16, 4, 4)}
+MOST_BLOCKS = 8
+
+
+@triton.jit
+def long_conv_kernel(
+    p_y,
+    p_u,
+    p_spectrum,
+    p_pre,
+    p_post,
+    p_first,
+    p_twiddle,
+    p_second,
+    length,
+    reach,
+    channels,
+    s_y_b,
+    s_y_t,
+    s_u_b,
+    s_u_c,
+    s_u_t,
+    s_pre_b,
+    s_pre_c,
+    s_pre_t,
+    s_post_b,
+    s_post_c,
+    s_post_t,
+    HAS_PRE: tl.constexpr,
+    HAS_POST: tl.constexpr,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program computes block i_j of the outputs of BC channels of one row; y has contiguous channels."""
+    i_j, i_c = tl.program_id(0), tl.program_id(1)
+    i_b = tl.program_id(2).to(tl.int64)
+    o_c = i_c * BC + tl.arange(0, BC)
+    m_c = o_c < channels
+    o_h, o_n = tl.arange(0, H), tl.arange(0, N)
+    o_t = o_h[:, None] * N + o_n[None, :]
+    o_w = o_c.to(tl.int64)
+    o_s = o_w[:, None, None] * (reach * 2 * H * N) + o_t[None, :, :]
+    gr, gi = load_pair(p_second, o_n[:, None] * N + o_n[None, :], N * N)
+    sum_r = tl.zeros((BC * H, N), tl.float32)
+    sum_i = tl.zeros((BC * H, N), tl.float32)
+    for i in range(tl.maximum(i_j - reach + 1, 0), i_j + 1):
+        o_k = (i * (H * N) + o_t).to(tl.int64)
+        m = (o_k < length)[:, :, None] & m_c[None, None, :]
+        p = p_u + i_b * s_u_b + o_k[:, :, None] * s_u_t + o_w[None, None, :] * s_u_c
+        x = tl.load(p, mask=m, other=0.0).to(tl.float32)
+        if HAS_PRE:
+            p = p_pre + i_b * s_pre_b + o_k[:, :, None] * s_pre_t + o_w[None, None, :] * s_pre_c
+            x *= tl.load(p, mask=m, other=0.0).to(tl.float32)
+        x = tl.reshape(tl.permute(x, (2, 1, 0)), (BC * N, H))
+        fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
+        ar = tl.permute(tl.reshape(tl.dot(x, tl.trans(fr), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
+        ai = tl.permute(tl.reshape(tl.dot(x, tl.trans(fi), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
+        tr, ti = load_pair(p_twiddle, o_t[None, :, :], H * N)
+        ar, ai = times(ar, ai, tr, ti)
+        ar, ai = tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
+        ar, ai = dot_pair(ar, ai, gr, gi, PRECISION)
+        p = p_spectrum + o_s + (i_j - i) * (2 * H * N)
+        sr = tl.reshape(tl.load(p, mask=m_c[:, None, None], other=0.0), (BC * H, N))
+        si = tl.reshape(tl.load(p + H * N, mask=m_c[:, None, None], other=0.0), (BC * H, N))
+        ar, ai = times(ar, ai, sr, si)
+        sum_r += ar
+        sum_i += ai
+
+    ar, ai = dot_pair(sum_r, sum_i, gr, -gi, PRECISION)
+    tr, ti = load_pair(p_twiddle, o_t[None, :, :], H * N)
+    ar, ai = times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), tr, -ti)
+    ar = tl.reshape(tl.permute(ar, (0, 2, 1)), (BC * N, H))
+    ai = tl.reshape(tl.permute(ai, (0, 2, 1)), (BC * N, H))
+    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
+    y = tl.dot(ar, fr, input_precision=PRECISION)
+    y = tl.dot(ai, fi, acc=y, input_precision=PRECISION)
+    y = tl.permute(tl.reshape(y, (BC, N, H)), (2, 1, 0))
+
+    o_k = (i_j * (H * N) + o_t).to(tl.int64)
+    m = (o_k < length)[:, :, None] & m_c[None, None, :]
+    if HAS_POST:
+        p = p_post + i_b * s_post_b + o_k[:, :, None] * s_post_t + o_w[None, None, :] * s_post_c
+        y *= tl.load(p, mask=m, other=0.0).to(tl.float32)
+    p = p_y + i_b * s_y_b + o_k[:, :, None] * s_y_t + o_c[None, None, :]
+    tl.store(p, y.to(p_y.dtype.element_ty), mask=m)
+
+
+def blocks_met(length: int, lags: int, side: int) -> int:
+    """The most blocks of `side` positions that an output block meets, its own among them."""
+    return min(-(-length // side), -(-(min(lags, length) - 1) // side) + 1)
+
+
+def offered(u: Tensor, k: Tensor) -> bool:
+    """Whether `conv_gpu` serves these operands better than transforms by torch: few blocks, no float64."""
+    side = SPLITS[has_room(u.device)].length // 2
+    return (
+        capable(u.device)
+        and u.dtype != torch.float64
+        and blocks_met(u.shape[-1], k.shape[-1], side) <= MOST_BLOCKS
+    )
+
+
+def conv_gpu(
+    u: Tensor, k: Tensor, pre: Tensor | None = None, post: Tensor | None = None, reverse: bool = False
+) -> Tensor:
+    """`post ⊙ (k ∗ (pre ⊙ u))` of float32, float16 or bfloat16 in any layout; contiguous channels are read fastest.
+
+    With `reverse` the sum is over `(pre · u)[t + d]`: the same launch on sequences read backwards.
+    """
+    batch, channels, length = u.shape
+    split = SPLITS[has_room(u.device)]
+    h, n = split.h, split.n
+    reach = blocks_met(length, k.shape[-1], h * n)
+    out = u.new_empty(batch, length, channels).transpose(1, 2)
+    if not out.numel():
+        return out.contiguous()
+    spectra = _spectra(k[:, :length], reach, split)
+    first, twiddle, second = factors(h, n, u.device)
+    operands = [(out, out), (u, u), (pre, u), (post, u)]
+    pointers, strides = [], []
+    for tensor, instead in operands:
+        x = pointer(tensor, instead)
+        step = x.stride(2)
+        # Triton takes the address of the first position that is read.
+        pointers.append(
+            torch.as_strided(x, (1,), (1,), x.storage_offset() + (length - 1) * step) if reverse else x
+        )
+        strides.append((x.stride(0), x.stride(1), -step if reverse else step))
+    grid = (triton.cdiv(length, h * n), triton.cdiv(channels, split.channels), batch)
+    long_conv_kernel[grid](
+        pointers[0],
+        pointers[1],
+        spectra,
+        *pointers[2:],
+        first,
+        twiddle,
+        second,
+        length,
+        reach,
+        channels,
+        strides[0][0],
+        strides[0][2],
+        *strides[1],
+        *strides[2],
+        *strides[3],
+        HAS_PRE=pre is not None,
+        HAS_POST=post is not None,
+        H=h,
+        N=n,
+        BC=split.channels,
+        PRECISION=dot_precision(),
+        num_warps=split.warps,
+    )
+    return out.contiguous()
+
+
+def _spectra(k: Tensor, reach: int, split: Split) -> Tensor:
+    """What a block contributes at each distance: float32 [C, reach, 2, H, N]."""
+    side = split.length // 2
+    padded = torch.nn.functional.pad(k.float(), (side, max(0, reach * side - k.shape[-1])))
+    windows = padded.unfold(-1, 2 * side, side)[:, :reach]
+    return block_spectrum(windows.flatten(0, 1), split).unflatten(0, (k.shape[0], reach))
+
+
+def variants() -> Iterator[Variant]:
+    """What is offered: long and short filters, with and without gates, on large and small GPUs."""
+    channels, length = 768, 2048
+    for room, gates, storage, reach in (
+        (False, True, "fp32", 8),
+        (True, False, "fp32", 4),
+        (True, True, "fp32", 4),
+        (True, True, "bf16", 2),
+    ):
+        split = SPLITS[room]
+        side = split.length // 2
+        cost = tile_fft_traffic(split)
+        blocks = length // side
+        met = sum(min(j + 1, reach) for j in range(blocks))
+        size = 4 if storage == "fp32" else 2
+        floats = [a for a in long_conv_kernel.arg_names if a.startswith("p_")]
+        inner = ("p_spectrum", "p_first", "p_twiddle", "p_second")
+        strides = [a for a in long_conv_kernel.arg_names if a.startswith("s_") and not a.endswith("_c")]
+        integers = ["length", "reach", "channels", *strides]
+        # Half of a tile's products are its way there, half its way back.
+        dots = cost["dots"] * (met + blocks) / 2
+        yield Variant(
+            name=f"long_conv L={length} M={min(length, (reach - 1) * side + 1)} {storage}{' gates' if gates else ''}",
+            kernel=long_conv_kernel,
+            types={
+                **dict.fromkeys(floats, f"*{storage}"),
+                **dict.fromkeys(inner, "*fp32"),
+                **dict.fromkeys(integers, "i32"),
+            },
+            constants={
+                **{f"s_{a}_c": 1 for a in ("u", "pre", "post")},
+                "HAS_PRE": gates,
+                "HAS_POST": gates,
+                "H": split.h,
+                "N": split.n,
+                "BC": split.channels,
+                "PRECISION": PRECISION["cuda"],
+            },
+            hip={"PRECISION": PRECISION["hip"]},
+            aligned=("channels", *strides),
+            warps=split.warps,
+            work=f"{channels:,} channels",
+            reads=channels * (size * length * (1 + 2 * gates) + 4.0 * reach * 2 * side),
+            writes=channels * size * length,
+            flops=channels * (dots + 10.0 * side * (met + blocks)),
+            by_dot=dots / (dots + 10.0 * side * (met + blocks)),
+            wide=0.4,
+            narrow=size == 2,
+            architectures=LARGE if room else ("sm_80",),
+        )

@@ -1,0 +1,75 @@
+"""The static gate: what Triton kernels compile to for GPUs that are not here."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks import kernels as gate  # noqa: E402
+from benchmarks.offline import ARCHITECTURES, Compiled, compile_variant  # noqa: E402
+
+BY_NAME = {a.name: a for a in ARCHITECTURES}
+
+
+def variant(name: str):
+    return next(v for v in gate.variants() if v.name == name)
+
+
+def test_table_is_of_these_kernels():
+    text = gate.DOCUMENT.read_text()
+    assert f"`{gate.digest()}`" in text, "run python -m benchmarks.kernels --write"
+    for architecture in ARCHITECTURES:
+        for v in gate.variants():
+            assert text.count(f"| {v.name} |") == len(v.architectures), v.name
+        assert f"## {architecture.name}\n" in text
+    assert gate.prediction() in text
+
+
+# The others take as long each; the digest says that they were compiled.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "sm_90" else pytest.mark.slow) for n in BY_NAME]
+)
+def test_every_variant_passes(name):
+    compiled = gate.compiled_for(BY_NAME[name])
+    assert not {c.variant.name: c.flaws for c in compiled if c.flaws}
+    assert gate.section(BY_NAME[name], compiled) in gate.DOCUMENT.read_text()
+
+
+def test_a_variant_that_spills_is_seen():
+    v = variant("tile_fft U=2048")
+    found = compile_variant(replace(v, constants={**v.constants, "BC": 4}), BY_NAME["sm_90"])
+    assert found.spilled > 0
+    assert found.flaws[0] == f"spills {found.spilled} bytes"
+
+
+def test_flaws():
+    v = variant("tile_fft U=512")
+    good = Compiled(v, BY_NAME["sm_80"], 255, 0, 166_912, 10, {128: 9, 32: 1})
+    assert not good.flaws
+    assert good.wide == 0.9
+    for change, flaw in (
+        ({"shared": 166_913}, "needs 166913 bytes of shared memory of 166912"),
+        ({"matrix": 0}, "has 0 matrix instructions"),
+        ({"loads": {32: 9, 128: 1}}, "10% of its loads are wide, 40% are expected"),
+        ({"spilled": 8}, "spills 8 bytes"),
+    ):
+        assert replace(good, **change).flaws == [flaw]
+
+
+def test_bfloat16_is_summed_in_float32_and_rounded():
+    """The interpreter cannot show it: it truncates."""
+    import triton
+
+    v = variant("tile_direct U=256 bf16")
+    signature = {n: "constexpr" if n in v.constants else v.types[n] for n in v.kernel.arg_names}
+    source = ASTSource(v.kernel, signature, constexprs=v.constants)
+    made = triton.compile(source, target=BY_NAME["sm_90"].target, options={"num_warps": v.warps})
+    ptx = made.asm["ptx"]
+    assert "fma.rn.f32" in ptx
+    assert "cvt.rn.bf16" in ptx
+    assert "fma.rn.bf16" not in ptx
