@@ -60,8 +60,8 @@ def derive(
 ) -> Derived:
     """Evaluate everything that does not depend on the sequence, up to the step's capacity.
 
-    ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, are what each mixer derived in
-    double precision, rounded here, once, to ``dtype``.
+    ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, are what each mixer derived
+    in double precision, rounded here, once, to ``dtype``.
     """
     constants: dict[str, Tensor] = {}
     tables: dict[str, Tensor] = {}

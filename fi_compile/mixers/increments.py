@@ -14,7 +14,6 @@ from .outer_sums import OuterSums
 from .recurrence import Recurrence
 from .window import Scan, ShortConv
 
-
 Mixer = Convolution | LinearAttention
 
 

@@ -291,23 +291,25 @@ def solve_triangular(c: Call) -> Fact:
     a, b = c.fact("self"), c.fact("B")
     left, upper = bool(c.arg("left", True)), bool(c.arg("upper"))
     rows, columns = a.dims[-2], a.dims[-1]
-    along = b.dims[-2] if left else b.dims[-1]
-    c.keep_rows(rows, columns, along)
     c.note_linear([c.arg("B")], invariant=False)
-    dims = list(broadcast([Fact(a.dims[:-2]), Fact(b.dims[:-2])], "any")) if len(b.dims) > 2 else []
-    other = tuple(filled(x) for x in (b.dims[-1] if left else b.dims[-2]))
+    apart, along = (b.dims[-1], b.dims[-2]) if left else (b.dims[-2], b.dims[-1])
+    outer = broadcast([Fact(a.dims[:-2]), Fact(b.dims[:-2])], "any") if len(b.dims) > 2 else ()
+    other = tuple(filled(x) for x in apart)
+    c.keep_rows(rows, columns, along)
     if all(x.fixed for dim in (rows, columns, along) for x in dim):
         c.row_local = True
         solved = tuple(filled(x) for x in along)
     else:
         if upper is left:
-            raise Deny("non_causal", "solves from the last position backwards", "solve with the lower triangle")
+            raise Deny(
+                "non_causal", "solves from the last position backwards", "solve with the lower triangle"
+            )
         axes = [one(dim) for dim in (rows, columns, along)]
         if not all(x.plain for x in axes):
             raise Deny("misaligned", "solves for positions of values that are shifted")
         c.conditions.append("only entries with column ≤ row are read")
         solved = (replace(filled(axes[2]), valid=least(*(x.valid for x in axes))),)
-    return Fact((*dims, solved, other) if left else (*dims, other, solved))
+    return Fact((*outer, solved, other) if left else (*outer, other, solved))
 
 
 def masked(triangle: Triangle) -> bool:
