@@ -1,7 +1,7 @@
 """Branches on the length: whether the model does the same to its data where a trace is not valid.
 
 A trace records Python's control flow for the length it met; its guards say from which length on, or for which of
-every k lengths. What happens at the others is compared on random input (:func:`fi_compile.capture.disagreements`),
+every k lengths. What happens at the others is compared on random input (:func:`fi_compile.compare.disagreements`),
 which shows nothing of an operator that matters for rare values only. So the model is traced there too: if the same
 operators are applied to the data, and only sizes, paddings and tables differ, random input says all there is to say.
 """

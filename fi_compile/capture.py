@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils import _pytree as pytree
 
 from .branches import same_below, same_between
+from .compare import disagreements, with_last_position, without_layout_holes
 from .errors import Refusal, Unsupported
 from .guards import admitted_lengths
-from .program import Input, Kind, Program, as_expr
-from .twin import random_sequence, twin_values, widen, widen_call
+from .program import Input, Kind, Program
 
 _KINDS = {
     InputKind.PARAMETER: Kind.PARAMETER,
@@ -35,8 +34,6 @@ _KINDS = {
     InputKind.CONSTANT_TENSOR: Kind.CONSTANT,
     InputKind.USER_INPUT: Kind.SEQUENCE,
 }
-_SCALES = (1, 8)  # of features: what is cut off at large values shows
-_MOST_COMPARED = 512  # lengths below the traced range at which model and graph are compared
 
 
 def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None) -> Program:
@@ -54,8 +51,8 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
             with _attributes_kept(model):
                 program = _trace_at(model, example, trace_length)
             with _attributes_kept(model):
-                program = _without_layout_holes(program, model)
-                program = _with_last_position(program, model, length)
+                program = without_layout_holes(program, model)
+                program = with_last_position(program, model, length)
         except Exception as error:
             failures.append(error)
             continue
@@ -111,159 +108,6 @@ def _trace_at(model: nn.Module, example: Tensor, length: int) -> Program:
         pass  # a batch that is written into the model, as in a graph made for one batch
     exported = _export(model, _resized(example, own, length), dynamic_batch=False)
     return _read(exported, model, example)
-
-
-def _without_layout_holes(program: Program, model: nn.Module) -> Program:
-    """Admit the holes at which the graph itself equals the model: guards on memory layout, not on meaning."""
-    with torch.no_grad():
-        holes = {hole for hole in program.lengths.holes if not _equals_graph(program, model, hole)}
-    return replace(program, lengths=replace(program.lengths, holes=frozenset(holes)))
-
-
-def _with_last_position(program: Program, model: nn.Module, length: int | None) -> Program:
-    """Admit the length wanted where the guards end just below it: ``min(s, 4096)`` splits what is one function."""
-    lengths = program.lengths
-    if length is None or lengths.maximum is None or length != lengths.maximum + 1:
-        return program
-    longer = replace(program, lengths=replace(lengths, maximum=length))
-    with torch.no_grad():
-        try:
-            model(_probe(longer, length))
-        except Exception:
-            return program  # a table ends here
-        return longer if _equals_graph(longer, model, length) else program
-
-
-def _equals_graph(program: Program, model: nn.Module, length: int) -> bool:
-    """Whether graph and model agree at one length that a guard excludes."""
-    sequence = _probe(program, length)
-    nodes = [o for o in program.outputs if isinstance(o, fx.Node)]
-    try:
-        for scale in _scales(sequence):
-            whole = program.evaluate(sequence * scale, keep=nodes)
-            if not _equal_prefix(program, model, sequence * scale, whole):
-                return False
-    except Exception:
-        return False
-    return True
-
-
-def _scales(sequence: Tensor) -> tuple[int, ...]:
-    return _SCALES if sequence.is_floating_point() else (1,)
-
-
-def _probe(program: Program, length: int) -> Tensor:
-    """A random sequence for comparing the graph with the model, in the example's dtype."""
-    sequence = random_sequence(program, max(program.example.shape[0], 2), length, seed=3, double=False)
-    return sequence[: program.batch] if isinstance(program.batch, int) else sequence
-
-
-def disagreements(program: Program, model: nn.Module) -> list[int]:
-    """Lengths the graph is not meant for (below its range, and its holes) where it differs from the model.
-
-    There the graph is never run by itself: positions are reached through a longer run, cut by prefix-consistency.
-    Lengths below 512 and single holes are all compared, longer ranges at an even sample; parameters are moved from
-    where they are, so that one that happens to be zero hides nothing.
-    """
-    low = program.lengths.minimum
-    stride = max(1, low // _MOST_COMPARED)
-    below = [n for n in range(1, low) if n < 64 or n >= low - 2 or n & (n - 1) == 0 or n % stride == 0]
-    tested = sorted({*below, *program.lengths.excluded(_MOST_COMPARED), *program.lengths.holes})
-    if not tested:
-        return []
-    longer = program.lengths.at_least(tested[-1] + 1)
-    if longer is None:
-        return tested
-    sequence = _probe(program, longer)
-    odd: list[int] = []
-    for share in (0.3, 0.02):
-        odd, ill = _moved_disagreements(program, model, sequence, tested, share)
-        if not ill:  # moved so far that rounding decides: poles beyond 1, say
-            break
-    return odd
-
-
-def _moved_disagreements(
-    program: Program, model: nn.Module, sequence: Tensor, tested: list[int], share: float
-) -> tuple[list[int], bool]:
-    """The lengths at which moved parameters show a difference; whether the graph's own rounding there shows one."""
-    nodes = [o for o in program.outputs if isinstance(o, fx.Node)]
-    moved = {
-        name: value.to(program.values[name].dtype)
-        for name, value in twin_values(program, perturb=1, share=share).items()
-    }
-    named = {str(i.path): moved[i.name] for i in program.inputs if i.kind is Kind.PARAMETER}
-
-    def perturbed(prefix: Tensor) -> Any:
-        return torch.func.functional_call(model, named, (prefix,))
-
-    wide = {name: widen(value) for name, value in moved.items()}
-    found: set[int] = set()
-    ill = False
-    with torch.no_grad():
-        for scale in _scales(sequence):
-            scaled = sequence * scale
-            whole = program.evaluate(scaled, moved, keep=nodes)
-            exact = program.evaluate(widen(scaled), wide, keep=nodes, rewrite=widen_call)
-            odd = [n for n in tested if not _equal_prefix(program, perturbed, scaled[:, :n], whole)]
-            doubtful = _rounds_too_much(program, whole, exact, odd)
-            if scale == 1 or not doubtful:
-                found |= set(odd)
-            ill |= scale == 1 and doubtful
-    return sorted(found), ill
-
-
-def _rounds_too_much(
-    program: Program, whole: dict[fx.Node, Any], exact: dict[fx.Node, Any], lengths: list[int]
-) -> bool:
-    """Whether the graph's own rounding, at one of these lengths, is as large as a difference that counts."""
-    for output, long in whole.items():
-        axes, truth = _row_axes(program, output), exact[output].to(long.dtype)
-        if len(axes) == 1:
-            for n in lengths:
-                if not _roughly_equal(long.narrow(axes[0], 0, n), truth.narrow(axes[0], 0, n)):
-                    return True
-    return False
-
-
-def _row_axes(program: Program, output: fx.Node) -> list[int]:
-    """The dimensions of an output that are the sequence's length."""
-    return [d for d, size in enumerate(output.meta["val"].shape) if as_expr(size) == program.length]
-
-
-def _equal_prefix(
-    program: Program, model: Callable[[Tensor], Any], sequence: Tensor, whole: dict[fx.Node, Any]
-) -> bool:
-    """Whether the model on a prefix gives the first rows of every output of a longer run."""
-    try:
-        found = [leaf for leaf in pytree.tree_leaves(model(sequence)) if leaf is not None]
-    except Exception:
-        return True  # the model itself does not run there: there is nothing to differ from
-    outputs = [o for o in program.outputs if o is not None]
-    if len(found) != len(outputs):
-        return False
-    for short, node in zip(found, outputs, strict=True):
-        if not isinstance(node, fx.Node):
-            continue
-        long = whole[node]
-        axes = _row_axes(program, node)
-        if len(axes) != 1:
-            continue  # an output without a sequence axis is of the newest row: another row at each length
-        long = long.narrow(axes[0], 0, sequence.shape[1])
-        if short.shape != long.shape or not _roughly_equal(short, long, whole[node]):
-            return False
-    return True
-
-
-def _roughly_equal(short: Tensor, long: Tensor, whole: Tensor | None = None) -> bool:
-    """Equal up to rounding at the scale of ``long``, or a hundredth of the ``whole`` it is a part of."""
-    if not short.is_floating_point():
-        return bool(torch.equal(short, long))
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(short.dtype, 0.1)
-    scale = float(long.abs().max()) if long.numel() else 0.0
-    if whole is not None and whole.numel():
-        scale = max(scale, 0.01 * float(whole.abs().max()))
-    return bool(((short - long).abs() <= tolerance * max(scale, 1e-30)).all())
 
 
 def _trace_lengths(model: nn.Module, example: Tensor, length: int | None) -> list[int]:

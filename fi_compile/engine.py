@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .capture import disagreements
+from .compare import disagreements
 from .derive import Derived, derive
 from .describe import describe
 from .errors import CapacityError, Refusal, Unsupported
@@ -23,7 +23,8 @@ from .lower import CompiledStep
 from .mixers.attention import with_masks
 from .mixers.convolution import Convolution, FilterGrew, classify, recognise, verify
 from .mixers.increments import Mixer
-from .mixers.linear_attention import LinearAttention, recognise_group
+from .mixers.linear_attention import LinearAttention
+from .mixers.recognise_groups import recognise_group
 from .mixers.recurrence import as_recurrence, with_modes
 from .mixers.stack import state_dtype
 from .mixers.tiles import choose_kernels
@@ -372,7 +373,7 @@ class Engine:
     def _filter(self, mixer: Mixer, capacity: int) -> Any:
         key = (mixer.name, capacity)
         if key not in self._filters:
-            derived = mixer.derive(self.double_values, capacity)
+            derived: Any = mixer.derive(self.double_values, capacity)
             if isinstance(mixer, Convolution) and mixer.lowering == "recurrence":
                 base = self._filters.get((mixer.name, self.capacity))
                 derived = with_modes(mixer, derived, None if base is None else base.modes)

@@ -1,8 +1,8 @@
 """Linear attention as a recurrence: one step, and the states a whole prompt leaves.
 
-`y[t] = Σ_{j≤t} d[t-j]·⟨q[t], k[j] ⊗ v[j]⟩` with `d[0] = now` and `d[l] = past·ρ^(l-1)`: all it needs of earlier positions is
-`S[t] = ρ·S[t-1] + k[t] ⊗ v[t]`. Source: Katharopoulos et al., Transformers are RNNs (arXiv 2006.16236), section 3.4; the
-decay of Sun et al., Retentive Network (arXiv 2307.08621), equation 6. What is multiplied with what is a
+`y[t] = Σ_{j≤t} d[t-j]·⟨q[t], k[j] ⊗ v[j]⟩` with `d[0] = now` and `d[l] = past·ρ^(l-1)` needs of the past only
+`S[t] = ρ·S[t-1] + k[t] ⊗ v[t]`. Source: Katharopoulos et al., Transformers are RNNs (arXiv 2006.16236), section 3.4;
+the decay of Sun et al., Retentive Network (arXiv 2307.08621), equation 6. What is multiplied with what is a
 :class:`Contraction`.
 """
 
@@ -82,8 +82,8 @@ def attention_step(
 ) -> tuple[Tensor, Tensor]:
     """The output [B, …out] at a new position, and the state after it.
 
-    ``state``: [B, …state] before it; queries and keys [B, …letters]; coefficients [(1 or size) …state], ``decay`` in float64:
-    a rounding of ρ would count once a position.
+    ``state``: [B, …state] before it; queries and keys [B, …letters]; coefficients [(1 or size) …state],
+    ``decay`` in float64: a rounding of ρ would count once a position.
     """
     letters = [x for x in how.state if x in set("".join(how.keys))]
     outer = _einsum([_BATCH + x for x in how.keys], _BATCH + "".join(letters), keys)

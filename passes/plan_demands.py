@@ -39,7 +39,7 @@ def plan_demands(
     Requires: the consistency of the program's nodes. Ensures: every output's newest row is computed by the units
     from the new row of the sequence, histories, tables and the mixers' own states. ``recognise(analysis, unit, x)``
     returns the increment of a unit that needs the whole of the single value ``x``, or None;
-    ``recognise_group(analysis, unit)`` that of a unit which holds all values of two sequence axes behind its exit, or None;
+    ``recognise_group(analysis, unit)`` that of a unit with all values of two sequence axes behind its exit, or None;
     ``is_local(node)`` says whether an operator is certified to make each row from the same rows of its arguments;
     ``certify(unit)`` settles what no operator's rule does. Raises :class:`Unsupported` when an output is not
     consistent.

@@ -228,6 +228,17 @@ def hidden_position(q, k, v):
     return (q @ k.mT * (seen(q) & (i != 77)[None, :])) @ v
 
 
+def hidden_pair(q, k, v):
+    """One far position does not see one key; the newest row shows nothing of it."""
+    i = torch.arange(q.shape[-2])
+    return (q @ k.mT * (seen(q) & ~((i == 120)[:, None] & (i == 3)[None, :]))) @ v
+
+
+def clamped_scores(q, k, v):
+    """No sample reaches the bound."""
+    return torch.tril((q @ k.mT).clamp(-1e4, 1e4)) @ v
+
+
 def decay_by_position(q, k, v):
     i = torch.arange(q.shape[-2], dtype=q.dtype)
     return (torch.tril(q @ k.mT) * scalar(q, 0.99) ** (i[:, None] + i[None, :])) @ v
@@ -254,8 +265,8 @@ def one_value_as_query_and_key(q, k, v):
 
 
 CACHED: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
-    hole, hole_in_a_decay, window, nearly_geometric, two_rates, hidden_position, decay_by_position,
-    decay_from_data, squared_scores, scores_plus_a_table, one_value_as_query_and_key,
+    hole, hole_in_a_decay, window, nearly_geometric, two_rates, hidden_position, hidden_pair, decay_by_position,
+    decay_from_data, clamped_scores, squared_scores, scores_plus_a_table, one_value_as_query_and_key,
 ]  # fmt: skip
 
 

@@ -29,7 +29,6 @@ BEYOND = {
     "fft_real_arithmetic": "a complex product spelled in real and imaginary parts",
     "direct_toeplitz_index_select": "an index that takes the length as a value where it is masked",
     "spectrum_buffer": "a stored spectrum: its taps are known only by value, to rounding",
-    "attention_delta_rule": "a triangular solve has no rule",
     "zero_times_future": "zero times a mean over all positions",
 }
 

@@ -24,7 +24,6 @@ BEYOND = {
     "fft_real_arithmetic",
     "direct_toeplitz_index_select",
     "spectrum_buffer",
-    "attention_delta_rule",
     "attention_linear_chunked",
     # torch's symbolic arithmetic needs half a minute for each of these
     "fft_n_power_of_two",

@@ -271,6 +271,7 @@ def _only_x_is_data(analysis: Consistency, unit: Unit, x: fx.Node) -> bool:
 
 
 def layout_of(analysis: Consistency, node: fx.Node) -> Layout | None:
+    """Where a floating value keeps its one sequence axis; None where it has none, or two, or sizes that move."""
     axes = analysis.axes[node]
     val = node.meta["val"]
     if len(axes.rows) != 1 or len(axes.batch) > 1 or not (val.is_floating_point() or val.is_complex()):

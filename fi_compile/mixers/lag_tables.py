@@ -115,9 +115,10 @@ class LagTables:
         a, b = forms
         if a is None or b is None:
             return None
-        if not all(is_tensor(n) and len(self._axes(n)) < 2 for n in node.args):
+        operands = [n for n in node.args if isinstance(n, fx.Node)]
+        if any(len(self._axes(n)) == 2 for n in operands):
             return None
-        tensors: list[Any] = [n.meta["val"] for n in node.args]  # type: ignore[union-attr]
+        tensors: list[Any] = [n.meta["val"] for n in operands]
         common = torch.promote_types(*(t.dtype for t in tensors))
         sizes = [np.asarray(n) for n in self._shape(node)]
         first, second = self._axes(node)
@@ -128,8 +129,7 @@ class LagTables:
         ):
             raise FollowsPosition(node.name)
         given = []
-        for operand in node.args:
-            assert isinstance(operand, fx.Node)
+        for operand in operands:
             value, missing = self._evaluated(operand), rank - operand.meta["val"].dim()
             for axis in self._axes(operand):
                 if axis + missing == query:

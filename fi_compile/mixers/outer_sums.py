@@ -26,7 +26,7 @@ class OuterSums:
     rows = _ROWS
 
     def weights(self, found: Decay, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a product counts now, one position later, and from one to the next (in float64): [(1 or size) …state]."""
+        """What a product counts now, one position later and, in float64, from one to the next: [(1 or size) …]."""
         parts = {"now": found.now.to(dtype), "past": found.past.to(dtype), "decay": found.decay.double()}
         return {name: part.contiguous() for name, part in parts.items()}
 
@@ -40,8 +40,8 @@ class OuterSums:
         size = ring.shape[0]
         state = ring.index_select(0, (position - 1) % size)[0]
         queries, keys = self.mixer.split(x.to(ring.dtype))
-        coefficients = (weights[name] for name in self.needs)
-        out, new = attention_step(state, queries, keys, *coefficients, self.mixer.how)
+        now, past, decay = (weights[name] for name in self.needs)
+        out, new = attention_step(state, queries, keys, now, past, decay, self.mixer.how)
         ring.index_copy_(0, position % size, new.unsqueeze(0))
         return out.reshape(x.shape[0], -1)
 

@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from fi_compile.facts import JUNK, OPEN, Deny, Fact, Quantity, Triangle, is_number, least, tidy_scale
+from fi_compile.facts import (
+    JUNK,
+    OPEN,
+    Deny,
+    Fact,
+    Quantity,
+    Triangle,
+    filled,
+    is_number,
+    least,
+    tidy_scale,
+)
 
 from .call import Call, is_one, one, rule
 from .pointwise import broadcast, unite_dims, varies
@@ -272,6 +283,33 @@ def attention(c: Call) -> Fact:
         valid = least(valid, rows.valid, columns.valid)
     c.conditions.append("every weight of a later key is exactly 0")
     return Fact((*dims, (replace(queries, valid=valid),), v.dims[-1]))
+
+
+@rule("linalg_solve_triangular")
+def solve_triangular(c: Call) -> Fact:
+    """X with A X = B: each row from the rows so far of a lower triangle, of which the rest is never read."""
+    a, b = c.fact("self"), c.fact("B")
+    left, upper = bool(c.arg("left", True)), bool(c.arg("upper"))
+    rows, columns = a.dims[-2], a.dims[-1]
+    c.note_linear([c.arg("B")], invariant=False)
+    apart, along = (b.dims[-1], b.dims[-2]) if left else (b.dims[-2], b.dims[-1])
+    outer = broadcast([Fact(a.dims[:-2]), Fact(b.dims[:-2])], "any") if len(b.dims) > 2 else ()
+    other = tuple(filled(x) for x in apart)
+    c.keep_rows(rows, columns, along)
+    if all(x.fixed for dim in (rows, columns, along) for x in dim):
+        c.row_local = True
+        solved = tuple(filled(x) for x in along)
+    else:
+        if upper is left:
+            raise Deny(
+                "non_causal", "solves from the last position backwards", "solve with the lower triangle"
+            )
+        axes = [one(dim) for dim in (rows, columns, along)]
+        if not all(x.plain for x in axes):
+            raise Deny("misaligned", "solves for positions of values that are shifted")
+        c.conditions.append("only entries with column ≤ row are read")
+        solved = (replace(filled(axes[2]), valid=least(*(x.valid for x in axes))),)
+    return Fact((*outer, solved, other) if left else (*outer, other, solved))
 
 
 def masked(triangle: Triangle) -> bool:
