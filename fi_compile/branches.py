@@ -119,8 +119,9 @@ def _unmoved(program: Program) -> dict[fx.Node, fx.Node]:
     """What each moved value was before it was moved."""
     found: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
-        if operator_name(node.target) in _MOVES and isinstance(node.args[0], fx.Node):
-            found[node] = found.get(node.args[0], node.args[0])
+        if operator_name(node.target) in _MOVES:
+            (source,) = node.all_input_nodes[:1]
+            found[node] = found.get(source) or source
     return found
 
 

@@ -1,7 +1,7 @@
 """Recognise linear attention in any spelling: a group is tried on a short sequence, then held to the rules.
 
-A group is an exit of one sequence axis with everything of two sequence axes behind it: scores, masks, decays. What meets
-what is found by trial. That the trial stands for all lengths follows from the operators' own rules, and from
+A group is an exit of one sequence axis with everything of two sequence axes behind it: scores, masks, decays. What
+meets what is found by trial. That the trial stands for all lengths follows from the operators' own rules, and from
 :meth:`LinearAttention.holds`.
 """
 
