@@ -51,10 +51,10 @@ def _admitted_upto(
                 layout &= holds
             else:
                 ok &= holds
-    admitted = every[ok & layout]
+    admitted = every[ok]
     if admitted.size == 0:
         return None
-    first, last = int(every[ok][0]), int(admitted[-1])
+    first, last = int(admitted[0]), int(admitted[-1])
     inside = (every >= first) & (every <= last)
     lengths, missing = every[inside], ~(ok & layout)[inside]
     maximum = None if last == horizon else last

@@ -36,7 +36,15 @@ def length_of(name: str) -> int:
     return SHORTER.get(name, LENGTH)
 
 
-@pytest.mark.parametrize("name", [n for n in SOUND if n not in REFUSED])
+# Symbolic arithmetic that takes torch half a minute, with `-m slow`.
+SLOW = {"fft_n_power_of_two", "attention_linear_chunked"}
+
+
+def by_speed(names):
+    return [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in names]
+
+
+@pytest.mark.parametrize("name", by_speed(n for n in SOUND if n not in REFUSED))
 def test_decoding_equals_the_full_forward(name):
     length = length_of(name)
     model, x = module(SOUND[name], WIDTH, LENGTH).double(), features(2, length, WIDTH)
@@ -51,7 +59,7 @@ def test_decoding_equals_the_full_forward(name):
         assert gap(dec.prefill(x[:, :prompt]), expected[:, prompt - 1]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", by_speed(REFUSED))
 def test_what_is_refused_needlessly(name):
     with pytest.raises((fi_compile.Unsupported, fi_compile.CapacityError)):
         decoder(module(SOUND[name], WIDTH, LENGTH), features(2, 9, WIDTH).float(), max_length=LENGTH)
@@ -73,7 +81,7 @@ def test_models_that_return_one_position(name):
         assert gap(found, model.every_position(x)[:, prompt - 1 :]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", [n for n in SPELLINGS if n not in REFUSED])
+@pytest.mark.parametrize("name", by_speed(n for n in SPELLINGS if n not in REFUSED))
 def test_float32_stays_within_rounding(name):
     length = length_of(name)
     model, x = module(SPELLINGS[name], WIDTH, LENGTH), features(2, length, WIDTH).float()
