@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fi_compile
+from fi_compile.twin import twin_values, widen_call
 
 from . import ZOO, Entry
 
@@ -72,6 +73,14 @@ def mixers_of(report: fi_compile.Report) -> str:
 
 
 @torch.no_grad()
+def twin(decoder: fi_compile.Decoder, x: Tensor) -> Tensor:
+    """Logits of the model in double precision throughout, also where its code says float32."""
+    program = decoder.engine.program
+    values = program.evaluate(x, twin_values(program), keep=program.outputs[:1], rewrite=widen_call)
+    return values[program.outputs[0]]
+
+
+@torch.no_grad()
 def measure(name: str, length: int = LENGTH, prompt: int = PROMPT) -> Row:
     """Decode a model of the zoo in both precisions; raises nothing for one that is refused."""
     entry = ZOO[name]
@@ -84,7 +93,7 @@ def measure(name: str, length: int = LENGTH, prompt: int = PROMPT) -> Row:
     x = entry.sequence(BATCH, length, torch.float32)
     exact_model = copy.deepcopy(model).double()
     exact_x = x.double() if entry.features else x
-    truth = logits_of(exact_model(exact_x))[:, prompt - 1 :]
+    truth = (logits_of(exact_model(exact_x)) if entry.double else twin(decoder, x))[:, prompt - 1 :]
     own = (logits_of(model(x))[:, prompt - 1 :] - truth).abs().max()
     unit = torch.maximum(own, torch.finfo(torch.float32).eps * truth.abs().max())
     single = float((decoded(decoder, x, prompt) - truth).abs().max() / unit)
