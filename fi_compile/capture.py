@@ -52,7 +52,6 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
                 program = _trace_at(model, example, trace_length)
             with _attributes_kept(model):
                 program = without_layout_holes(program, model)
-                program = with_last_position(program, model, length)
         except Exception as error:
             failures.append(error)
             continue
@@ -72,7 +71,8 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
             second_best = replace(program, lengths=replace(program.lengths, fewest=max(odd) + 1))
     found = best or second_best
     if found is not None:
-        return found
+        with _attributes_kept(model):
+            return with_last_position(found, model, length)
     refusals = [error for error in failures if isinstance(error, Unsupported)]
     if refusals and len(refusals) == len(failures):
         raise refusals[-1]
