@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.convert_frame import compile_lock
+from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
 
 from .decoder import Decoder
@@ -282,12 +283,20 @@ def _living() -> list[Session]:
 def tracing() -> Iterator[None]:
     """Trace while no other thread compiles; one that calls a compiled model meanwhile runs it uncompiled."""
     setting = vars(dynamo_config)["_config"]["error_on_nested_fx_trace"]
+    owner = threading.get_ident()
     with compile_lock:  # a patch of the setting holds for one thread, its default for all
         former, setting.default = setting.default, False
+        annotate = fx_traceback.annotate
+
+        def annotate_here(annotations: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+            return annotate(annotations) if threading.get_ident() == owner else contextlib.nullcontext()
+
+        # while one thread exports, every thread that calls a compiled function annotates one global dictionary
+        fx_traceback.annotate = annotate_here
         try:
             yield
         finally:
-            setting.default = former
+            setting.default, fx_traceback.annotate = former, annotate
 
 
 @contextlib.contextmanager

@@ -4,25 +4,25 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
 
 from fi_compile import doors
 from fi_compile.doors import FlashinfWarning
+from fi_compile.sessions import tracing
+from transparent import OPTIONS, compiled
 
 VOCAB = 7
-OPTIONS = {"step": "eager", "fallback": "eager", "block": 8}
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+def _fresh(fresh_dynamo):
+    pass
 
 
 class Small(nn.Module):
@@ -40,10 +40,6 @@ class Small(nn.Module):
         x = self.table(ids).mT
         y = nn.functional.conv1d(nn.functional.pad(x, (4, 0)), self.filter, groups=4)
         return self.finish(self.head((y.cumsum(-1) * x).mT), ids)
-
-
-def compiled(model: Callable, **options):
-    return torch.compile(model, backend="flashinf", dynamic=True, options={**OPTIONS, **options})
 
 
 def random_ids(batch: int, length: int) -> Tensor:
@@ -197,6 +193,20 @@ def test_threads_that_call_while_another_traces():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_calls_of_other_threads_leave_a_trace_alone():
+    seen = []
+
+    def call() -> None:
+        torch._dynamo.disable(lambda: seen.append("custom" in fx_traceback.current_meta))()
+
+    with tracing(), mock.patch.object(torch.compiler, "_is_exporting_flag", True):
+        call()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert seen == [True, False]
 
 
 # -- withstood ---------------------------------------------------------------------------------------------
