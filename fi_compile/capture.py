@@ -14,6 +14,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import sympy
@@ -23,7 +24,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
 
 from .branches import same_below, same_between
-from .compare import disagreements, with_last_position, without_layout_holes
+from .compare import attributes_kept, disagreements, with_last_position, without_layout_holes
 from .errors import Refusal, Unsupported
 from .guards import admitted_lengths
 from .program import Input, Kind, Program
@@ -48,21 +49,17 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     second_best: Program | None = None
     for trace_length in _trace_lengths(model, example, length):
         try:
-            with _attributes_kept(model):
-                program = _trace_at(model, example, trace_length)
-            with _attributes_kept(model):
-                program = without_layout_holes(program, model)
+            program = without_layout_holes(_trace_at(model, example, trace_length), model)
         except Exception as error:
             failures.append(error)
             continue
-        with _attributes_kept(model):
-            odd = disagreements(program, model)
+        odd = disagreements(program, model)
         if not odd:
-            with _attributes_kept(model):
-                fewest = same_below(program, lambda n: _trace_at(model, example, n))
-                if not same_between(program, lambda n: _trace_at(model, example, n), trace_length):
-                    failures.append(_sparse(program))
-                    continue
+            trace = partial(_trace_at, model, example)
+            if not same_between(program, trace, trace_length):
+                failures.append(_sparse(program))
+                continue
+            fewest = same_below(program, trace)
             program = replace(program, lengths=replace(program.lengths, fewest=fewest))
             if length is None or program.lengths.at_least(length) is not None:
                 return program
@@ -71,8 +68,7 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
             second_best = replace(program, lengths=replace(program.lengths, fewest=max(odd) + 1))
     found = best or second_best
     if found is not None:
-        with _attributes_kept(model):
-            return with_last_position(found, model, length)
+        return with_last_position(found, model, length)
     refusals = [error for error in failures if isinstance(error, Unsupported)]
     if refusals and len(refusals) == len(failures):
         raise refusals[-1]
@@ -101,13 +97,14 @@ def _sparse(program: Program) -> Unsupported:
 def _trace_at(model: nn.Module, example: Tensor, length: int) -> Program:
     """Export at one length, with a symbolic batch where the model allows it."""
     own = example.shape[0]
-    try:
-        exported = _export(model, _resized(example, max(own, 3), length), dynamic_batch=True)
+    with attributes_kept(model):
+        try:
+            exported = _export(model, _resized(example, max(own, 3), length), dynamic_batch=True)
+            return _read(exported, model, example)
+        except Exception:
+            pass  # a batch that is written into the model, as in a graph made for one batch
+        exported = _export(model, _resized(example, own, length), dynamic_batch=False)
         return _read(exported, model, example)
-    except Exception:
-        pass  # a batch that is written into the model, as in a graph made for one batch
-    exported = _export(model, _resized(example, own, length), dynamic_batch=False)
-    return _read(exported, model, example)
 
 
 def _trace_lengths(model: nn.Module, example: Tensor, length: int | None) -> list[int]:
@@ -162,25 +159,6 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 
     aten = torch.ops.aten
     return {aten.tril.default: tril, aten.triu.default: triu}
-
-
-@contextlib.contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Leave on the model's modules what was there before.
-
-    A forward that keeps what it computed would keep a tracer's fake tensor, or a filter made of the moved weights
-    that model and graph are compared with.
-    """
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in before:
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
 
 
 @contextlib.contextmanager

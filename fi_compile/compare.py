@@ -6,7 +6,8 @@ single lengths are admitted where a guard excludes them for how memory lies, not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +22,28 @@ _SCALES = (1, 8)  # of features: what is cut off at large values shows
 _MOST_COMPARED = 512  # lengths below the traced range at which model and graph are compared
 
 
+@contextlib.contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Leave on the model's modules what was there before.
+
+    A forward that keeps what it computed would keep a tracer's fake tensor, or a filter made of the moved weights
+    that model and graph are compared with.
+    """
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
 def without_layout_holes(program: Program, model: nn.Module) -> Program:
     """Admit the holes at which the graph itself equals the model: guards on memory layout, not on meaning."""
-    with torch.no_grad():
+    with torch.no_grad(), attributes_kept(model):
         holes = {hole for hole in program.lengths.holes if not _equals_graph(program, model, hole)}
     maximum = program.lengths.maximum
     while maximum in holes:
@@ -38,7 +58,7 @@ def with_last_position(program: Program, model: nn.Module, length: int | None) -
     if length is None or lengths.maximum is None or length != lengths.maximum + 1:
         return program
     longer = replace(program, lengths=replace(lengths, maximum=length))
-    with torch.no_grad():
+    with torch.no_grad(), attributes_kept(model):
         try:
             model(_probe(longer, length))
         except Exception:
@@ -112,15 +132,14 @@ def _moved_disagreements(
     wide = {name: widen(value) for name, value in moved.items()}
     found: set[int] = set()
     ill = False
-    with torch.no_grad():
+    with torch.no_grad(), attributes_kept(model):
         for scale in _scales(sequence):
             scaled = sequence * scale
             whole = program.evaluate(scaled, moved, keep=nodes)
             exact = program.evaluate(widen(scaled), wide, keep=nodes, rewrite=widen_call)
-            odd = [n for n in tested if not _equal_prefix(program, perturbed, scaled[:, :n], whole)]
-            if odd:  # parts in a narrower type round more than the model's own: allow for what that comes to
-                slack = {o: _own_rounding(long, exact[o].to(long.dtype)) for o, long in whole.items()}
-                odd = [n for n in odd if not _equal_prefix(program, perturbed, scaled[:, :n], whole, slack)]
+            # Parts in a narrower type round more than the model's own: allow for what that comes to.
+            slack = {o: _own_rounding(long, exact[o].to(long.dtype)) for o, long in whole.items()}
+            odd = [n for n in tested if not _equal_prefix(program, perturbed, scaled[:, :n], whole, slack)]
             doubtful = _rounds_too_much(program, whole, exact, odd)
             if scale == 1 or not doubtful:
                 found |= set(odd)

@@ -11,6 +11,7 @@ from torch._refs import fft as reference_transforms
 from corpus import SPELLINGS, UNTRACEABLE
 from decoding import features, gap, ids, language_model, module
 from fi_compile.capture import trace_module
+from fi_compile.compare import disagreements
 from fi_compile.errors import Unsupported
 from fi_compile.program import Kind, operator_name, source_of
 
@@ -213,6 +214,13 @@ def test_tracing_leaves_the_model_as_it_was():
     trace_module(model, x[:, :9], length=64)
     assert model.k is kept
     assert gap(model(x)[0], expected) == 0
+
+
+def test_comparing_leaves_the_model_as_it_was():
+    model, x = Keeps(), features(2, 30, WIDTH)
+    program = trace_module(model, x[:, :9], length=64)
+    disagreements(program, model)  # with weights moved, as whenever they are new
+    assert not hasattr(model, "k")
 
 
 class KeepsPositions(nn.Module):
