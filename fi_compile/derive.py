@@ -71,13 +71,11 @@ def derive(
     for mixer in step.mixers:
         found = filters[mixer.name]
         window = step.windows.get(mixer.name)
-        channels = mixer if isinstance(mixer, Convolution) else None
         if window is not None:
-            weights = window.weights(found, None if channels is None else channels.source, dtype)
+            weights = window.weights(found, mixer.source, dtype)
             constants |= {f"{key}:{mixer.name}": tensor for key, tensor in weights.items()}
-        if channels is None:
+        if not isinstance(mixer, Convolution):
             continue
-        mixer = channels
         kept = found.kernel[:, : mixer.room] if mixer.ends else found.kernel
         reference = {"kernel": kept.to(dtype).contiguous()}
         if mixer.gather is not None:

@@ -123,11 +123,14 @@ class Engine:
         values = self.double_values
         mixers = [unit.mixer for unit in self.plan.units if unit.mixer is not None]
         return all(self._certify(unit, capacity, values) for unit in self.plan.tested) and all(
-            mixer.holds(self.proof, values, capacity)
-            if isinstance(mixer, LinearAttention)
-            else verify(mixer, values, capacity, self._filter(mixer, capacity))
-            for mixer in mixers
+            self._mixer_holds(mixer, self.proof, capacity) for mixer in mixers
         )
+
+    def _mixer_holds(self, mixer: Mixer, proof: Proof, capacity: int) -> bool:
+        """Whether a mixer equals its unit for the present weights up to a capacity."""
+        if isinstance(mixer, LinearAttention):
+            return mixer.holds(proof, self.double_values, capacity)
+        return verify(mixer, self.double_values, capacity, self._filter(mixer, capacity))
 
     def _is_certified(self, node: fx.Node) -> bool:
         """Whether a certificate covers an output: as a sequence, as the newest row, or as a constant."""
@@ -396,15 +399,8 @@ class Engine:
                     f"{node.name!r} is certified up to {self.proof.capacity} positions but not up to {capacity}"
                 )
         for unit in self.plan.units:
-            mixer = unit.mixer
-            if isinstance(mixer, LinearAttention):
-                if not mixer.holds(proof, self.double_values, capacity):
-                    raise FilterGrew(mixer.name)
-                continue
-            if mixer is None:
-                continue
-            if not verify(mixer, self.double_values, capacity, self._filter(mixer, capacity)):
-                raise FilterGrew(mixer.name)
+            if unit.mixer is not None and not self._mixer_holds(unit.mixer, proof, capacity):
+                raise FilterGrew(unit.mixer.name)
         self.proof = proof
 
     @cached_property

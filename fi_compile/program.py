@@ -85,7 +85,7 @@ class Lengths:
     def at_least(self, length: int) -> int | None:
         """The smallest admitted length from ``length`` on, or None."""
         length = max(length, self.minimum)
-        while length in self.holes or length % self.period in self.left_out:
+        while self._is_excluded(length):
             length += 1
         return length if self.admits(length) else None
 
@@ -94,9 +94,11 @@ class Lengths:
         return (
             length >= self.minimum
             and (self.maximum is None or length <= self.maximum)
-            and length not in self.holes
-            and length % self.period not in self.left_out
+            and not self._is_excluded(length)
         )
+
+    def _is_excluded(self, length: int) -> bool:
+        return length in self.holes or length % self.period in self.left_out
 
 
 @dataclass(frozen=True)

@@ -22,3 +22,12 @@ def without_gradients():
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing compiled before, and a fixed random state."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -14,6 +15,11 @@ from corpus import OTHERS, SPELLINGS, LanguageModel, scale_weights
 
 EAGER = {"step": "eager"}
 VOCAB = 11
+
+
+def by_speed(names: Iterable[str], is_quick: Callable[[str], bool]) -> list[Any]:
+    """Names to parametrize a test with; those that are not quick run with `-m slow`."""
+    return [pytest.param(n, marks=() if is_quick(n) else pytest.mark.slow) for n in names]
 
 
 def language_model(

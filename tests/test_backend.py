@@ -17,17 +17,14 @@ from corpus.models import register_output
 from fi_compile import sessions
 from fi_compile.doors import FlashinfWarning
 from fi_compile.lane import Lane
+from transparent import Runs, assert_like, compiled
 
 VOCAB = 11
-OPTIONS = {"step": "eager", "fallback": "eager", "block": 8}
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+def _fresh(fresh_dynamo):
+    pass
 
 
 def language_model(*mixers: str, width: int = 6, l_max: int = 128, seed: int = 0, **kwargs) -> LanguageModel:
@@ -35,10 +32,6 @@ def language_model(*mixers: str, width: int = 6, l_max: int = 128, seed: int = 0
     blocks = [SPELLINGS[name](width, l_max) for name in names]
     model = LanguageModel(blocks, width, VOCAB, l_max=l_max, **kwargs)
     return scale_weights(model, seed).eval()
-
-
-def compiled(model: nn.Module, *, dynamic: bool | None = True, **options):
-    return torch.compile(model, backend="flashinf", dynamic=dynamic, options={**OPTIONS, **options})
 
 
 def random_ids(batch: int, length: int) -> Tensor:
@@ -49,32 +42,9 @@ def extended(ids: Tensor, more: int = 1) -> Tensor:
     return torch.cat([ids, random_ids(ids.shape[0], more).to(ids.dtype)], 1)
 
 
-class Counted:
-    """How often a model's graph is run as given: every other answer came from a session."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from fi_compile import backend
-
-        self.plain = 0
-        original = backend._Plain.__call__
-
-        def call(this, *args):
-            self.plain += 1
-            return original(this, *args)
-
-        monkeypatch.setattr(backend._Plain, "__call__", call)
-
-
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    return Counted(monkeypatch)
-
-
-def assert_like(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
-    assert found.stride() == expected.stride()
-    assert (found - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1)
+def counted(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    return Runs(monkeypatch)
 
 
 def decode(fast: Callable, model: Callable, ids: Tensor, calls: int) -> Tensor:
@@ -90,7 +60,7 @@ def decode(fast: Callable, model: Callable, ids: Tensor, calls: int) -> Tensor:
 
 @pytest.mark.parametrize("dynamic", [True, None])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_growing_prefix_equals_the_model_at_every_length(counted: Counted, dynamic: bool | None, batch: int):
+def test_growing_prefix_equals_the_model_at_every_length(counted: Runs, dynamic: bool | None, batch: int):
     model = language_model("fft_scale_on_filter", "short_conv1d_3", gating=True)
     fast, ids = compiled(model, dynamic=dynamic), random_ids(batch, 1)
     with torch.inference_mode():
@@ -100,7 +70,7 @@ def test_growing_prefix_equals_the_model_at_every_length(counted: Counted, dynam
     assert counted.plain <= 4, "the first calls (s = 1, static, B = s, the first dynamic one) and no more"
 
 
-def test_prompts_and_chunks(counted: Counted):
+def test_prompts_and_chunks(counted: Runs):
     model = language_model()
     fast, ids = compiled(model), random_ids(1, 20)
     with torch.no_grad():
@@ -120,7 +90,7 @@ def test_float64_is_exact():
             ids = extended(ids)
 
 
-def test_features(counted: Counted):
+def test_features(counted: Runs):
     model = language_model().body
     fast, x = compiled(model), torch.randn(2, 4, 6)
     with torch.inference_mode():
@@ -141,7 +111,7 @@ def test_inductor_step():
 
 
 @pytest.mark.parametrize("output", ["tuple", "dict", "dataclass", "hidden"])
-def test_output_structures(output: str, counted: Counted):
+def test_output_structures(output: str, counted: Runs):
     if output == "dataclass":
         register_output()
     model = language_model(output=output)  # type: ignore[arg-type]
@@ -171,7 +141,7 @@ class Last(nn.Module):
         return self.model(ids)[:, -1], ids.shape[1]
 
 
-def test_last_position_only_keeps_no_outputs(counted: Counted):
+def test_last_position_only_keeps_no_outputs(counted: Runs):
     model = Last(language_model())
     fast, ids = compiled(model), random_ids(2, 4)
     with torch.inference_mode():
@@ -199,7 +169,7 @@ class Swapped(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_strides_are_the_models(batch: int, counted: Counted):
+def test_strides_are_the_models(batch: int, counted: Runs):
     model = Swapped(language_model())
     fast, ids = compiled(model), random_ids(batch, 4)
     kept = []
@@ -234,7 +204,7 @@ def door_of(model: nn.Module):
     ],
     ids=["all", "last", "data", "numpy", "first"],
 )
-def test_writes_to_outputs_do_not_reach_later_ones(mode: Callable, write: Callable, counted: Counted):
+def test_writes_to_outputs_do_not_reach_later_ones(mode: Callable, write: Callable, counted: Runs):
     model = language_model()
     fast, ids = compiled(model), random_ids(1, 4)
     with mode():
@@ -247,7 +217,7 @@ def test_writes_to_outputs_do_not_reach_later_ones(mode: Callable, write: Callab
     assert counted.plain == 1
 
 
-def test_outputs_kept_by_the_caller_never_change(counted: Counted):
+def test_outputs_kept_by_the_caller_never_change(counted: Runs):
     model = language_model()
     fast, ids, kept = compiled(model), random_ids(1, 4), []
     with torch.inference_mode():
@@ -264,7 +234,7 @@ def test_outputs_kept_by_the_caller_never_change(counted: Counted):
     assert counted.plain == 1
 
 
-def test_an_input_edited_in_place_is_another_input(counted: Counted):
+def test_an_input_edited_in_place_is_another_input(counted: Runs):
     model = language_model()
     fast, ids = compiled(model), random_ids(1, 40)
     with torch.inference_mode():
@@ -293,7 +263,7 @@ def test_an_output_may_enter_a_gradient_computation():
 # -- other prompts -----------------------------------------------------------------------------------------
 
 
-def test_changed_and_shrinking_prefixes(counted: Counted):
+def test_changed_and_shrinking_prefixes(counted: Runs):
     model = language_model("fft_scale_on_filter", "short_conv1d_3")
     fast, ids = compiled(model), random_ids(2, 30)
     with torch.inference_mode():
@@ -306,7 +276,7 @@ def test_changed_and_shrinking_prefixes(counted: Counted):
     assert counted.plain == 2, "the first call, and the prompt that differs almost from its start"
 
 
-def test_two_models_of_one_class_interleaved(counted: Counted):
+def test_two_models_of_one_class_interleaved(counted: Runs):
     models = [language_model(seed=seed) for seed in (1, 2)]
     fast = [compiled(model) for model in models]
     ids = random_ids(1, 4)
@@ -318,7 +288,7 @@ def test_two_models_of_one_class_interleaved(counted: Counted):
     assert counted.plain == 2
 
 
-def test_alternating_prompts(counted: Counted):
+def test_alternating_prompts(counted: Runs):
     model = language_model()
     fast = compiled(model)
     prompts = [random_ids(1, 6) for _ in range(3)]
@@ -330,7 +300,7 @@ def test_alternating_prompts(counted: Counted):
     assert counted.plain == 3
 
 
-def test_beams_are_followed(counted: Counted):
+def test_beams_are_followed(counted: Runs):
     model = language_model("fft_scale_on_filter", "short_conv1d_3")
     fast, ids = compiled(model), random_ids(1, 6)
     with torch.inference_mode():
@@ -342,7 +312,7 @@ def test_beams_are_followed(counted: Counted):
     assert counted.plain == 2, "one row, three rows: Dynamo makes a graph for each"
 
 
-def test_a_common_beginning_is_forked(counted: Counted):
+def test_a_common_beginning_is_forked(counted: Runs):
     model = language_model()
     fast, header = compiled(model), random_ids(1, 30)
     with torch.inference_mode():
@@ -356,7 +326,7 @@ def test_a_common_beginning_is_forked(counted: Counted):
     assert len(door_of(model).sessions) == 2
 
 
-def test_plain_evaluation_builds_no_state(counted: Counted):
+def test_plain_evaluation_builds_no_state(counted: Runs):
     model = language_model()
     fast = compiled(model)
     with torch.inference_mode(), warnings.catch_warnings():
@@ -386,7 +356,7 @@ def test_repeated_misses_warn_once():
 # -- weights -----------------------------------------------------------------------------------------------
 
 
-def test_weights_changed_in_mid_sequence(counted: Counted):
+def test_weights_changed_in_mid_sequence(counted: Runs):
     model, other = language_model(), language_model(seed=5)
     fast, ids = compiled(model), random_ids(1, 5)
 
@@ -468,7 +438,7 @@ def test_doors_are_not_saved_or_copied(tmp_path):
 # -- limits ------------------------------------------------------------------------------------------------
 
 
-def test_memory_limit_runs_the_fallback_and_says_so(counted: Counted):
+def test_memory_limit_runs_the_fallback_and_says_so(counted: Runs):
     model = language_model()
     fast, ids = compiled(model, memory_limit=4000), random_ids(1, 5)
     with torch.inference_mode(), pytest.warns(FlashinfWarning, match="memory_limit") as found:
@@ -497,7 +467,7 @@ def test_memory_limit_drops_the_session_used_longest_ago():
             assert_like(fast(ids), model(ids))
 
 
-def test_max_length(counted: Counted):
+def test_max_length(counted: Runs):
     model = language_model()
     fast, ids = compiled(model, max_length=9), random_ids(1, 5)
     with torch.inference_mode(), pytest.warns(FlashinfWarning, match="not decoded incrementally") as found:
@@ -538,7 +508,7 @@ def test_two_threads():
 
 @pytest.mark.parametrize("trap", ["data_flip", "data_mean_over_time", "conv_filter_over_L", "data_times_L"])
 @pytest.mark.parametrize("dynamic", [True, None])
-def test_refused_models_run_as_given_with_one_warning(trap: str, dynamic: bool | None, counted: Counted):
+def test_refused_models_run_as_given_with_one_warning(trap: str, dynamic: bool | None, counted: Runs):
     torch.manual_seed(0)
     factory, _ = TRAPS[trap]
     model = scale_weights(LanguageModel([factory(6, 128)], 6, VOCAB, l_max=128), 0).eval()
@@ -618,7 +588,7 @@ class Masked(nn.Module):
         return self.model(ids) * mask.unsqueeze(-1)
 
 
-def test_other_inputs_that_cannot_be_described_are_named(counted: Counted):
+def test_other_inputs_that_cannot_be_described_are_named(counted: Runs):
     model = Masked().eval()
     fast, ids = compiled(model), random_ids(2, 4)
 

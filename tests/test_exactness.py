@@ -6,7 +6,7 @@ import torch
 import fi_compile
 from corpus import FALSE_ALARMS, LAST_ONLY, OTHERS, SPELLINGS, TRAPS, scale_weights
 from corpus.false_alarms import Lonely
-from decoding import decoded, decoder, features, gap, module, rounding, stacked
+from decoding import by_speed, decoded, decoder, features, gap, module, rounding, stacked
 from fi_compile.doors import doors_of
 
 WIDTH, LENGTH = 6, 130
@@ -40,11 +40,11 @@ def length_of(name: str) -> int:
 SLOW = {"fft_n_power_of_two", "attention_linear_chunked"}
 
 
-def by_speed(names):
-    return [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in names]
+def is_quick(name: str) -> bool:
+    return name not in SLOW
 
 
-@pytest.mark.parametrize("name", by_speed(n for n in SOUND if n not in REFUSED))
+@pytest.mark.parametrize("name", by_speed((n for n in SOUND if n not in REFUSED), is_quick))
 def test_decoding_equals_the_full_forward(name):
     length = length_of(name)
     model, x = module(SOUND[name], WIDTH, LENGTH).double(), features(2, length, WIDTH)
@@ -59,7 +59,7 @@ def test_decoding_equals_the_full_forward(name):
         assert gap(dec.prefill(x[:, :prompt]), expected[:, prompt - 1]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", by_speed(REFUSED))
+@pytest.mark.parametrize("name", by_speed(REFUSED, is_quick))
 def test_what_is_refused_needlessly(name):
     with pytest.raises((fi_compile.Unsupported, fi_compile.CapacityError)):
         decoder(module(SOUND[name], WIDTH, LENGTH), features(2, 9, WIDTH).float(), max_length=LENGTH)
@@ -81,7 +81,7 @@ def test_models_that_return_one_position(name):
         assert gap(found, model.every_position(x)[:, prompt - 1 :]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", by_speed(n for n in SPELLINGS if n not in REFUSED))
+@pytest.mark.parametrize("name", by_speed((n for n in SPELLINGS if n not in REFUSED), is_quick))
 def test_float32_stays_within_rounding(name):
     length = length_of(name)
     model, x = module(SPELLINGS[name], WIDTH, LENGTH), features(2, length, WIDTH).float()
@@ -108,16 +108,12 @@ LONG = (
 
 
 SHORTER_THAN_LONG = {"fft_n_power_of_two"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        n if n in LONG else pytest.param(n, marks=pytest.mark.slow)
-        for n in SPELLINGS
-        if n not in REFUSED and n not in SHORTER_THAN_LONG
-    ],
+EVERY_SPELLING = by_speed(
+    (n for n in SPELLINGS if n not in REFUSED and n not in SHORTER_THAN_LONG), LONG.__contains__
 )
+
+
+@pytest.mark.parametrize("name", EVERY_SPELLING)
 def test_long_sequences(name):
     width, length = 4, 2049
     model, x = module(SPELLINGS[name], width, 2060).double(), features(1, length, width)
@@ -129,14 +125,7 @@ def test_long_sequences(name):
     assert gap(dec.extend(x[:, 500:]), expected[:, 500:]) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        n if n in LONG else pytest.param(n, marks=pytest.mark.slow)
-        for n in SPELLINGS
-        if n not in REFUSED and n not in SHORTER_THAN_LONG
-    ],
-)
+@pytest.mark.parametrize("name", EVERY_SPELLING)
 def test_the_transparent_mode(name):
     torch._dynamo.reset()
     model, x = module(SPELLINGS[name], 4, 520).double(), features(2, 510, 4)

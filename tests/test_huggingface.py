@@ -13,21 +13,18 @@ from torch import Tensor
 import fi_compile
 from fi_compile import backend
 from fi_compile.doors import FlashinfWarning
+from transparent import OPTIONS
 
 transformers = pytest.importorskip("transformers")
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 hf_generate = __import__("hf_generate")
 
 VOCAB, PROMPT, NEW = 13, 9, 14
-OPTIONS = {"step": "eager", "fallback": "eager", "block": 8}
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+def _fresh(fresh_dynamo):
+    pass
 
 
 @pytest.fixture

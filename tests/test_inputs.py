@@ -2,26 +2,24 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fi_compile import backend
+import transparent
 from fi_compile.doors import FlashinfWarning
 from fi_compile.inputs import Causal, Counted, Extra, Filled, Fixed, Same, describe
+from transparent import Runs, compiled
 
 VOCAB, WIDTH = 7, 3
-OPTIONS = {"step": "eager", "fallback": "eager", "block": 8}
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+def _fresh(fresh_dynamo):
+    pass
 
 
 class Mixed(nn.Module):
@@ -47,27 +45,9 @@ class Mixed(nn.Module):
         return self.head(y[:, :n] * x)
 
 
-class Runs:
-    """How often the graph as given was run: every other answer came from a session."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.plain = 0
-        original = backend._Plain.__call__
-
-        def call(this, *args):
-            self.plain += 1
-            return original(this, *args)
-
-        monkeypatch.setattr(backend._Plain, "__call__", call)
-
-
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     return Runs(monkeypatch)
-
-
-def compiled(model: Callable, **options):
-    return torch.compile(model, backend="flashinf", dynamic=True, options={**OPTIONS, **options})
 
 
 def random_ids(batch: int, length: int) -> Tensor:
@@ -78,9 +58,7 @@ def extended(ids: Tensor) -> Tensor:
     return torch.cat([ids, random_ids(ids.shape[0], 1)], 1)
 
 
-def assert_like(found: Tensor, expected: Tensor) -> None:
-    assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
-    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max().clamp_min(1)
+assert_like = partial(transparent.assert_like, tolerance=1e-10)
 
 
 def decode(

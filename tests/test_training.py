@@ -17,11 +17,8 @@ TAKEN = {
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+def _fresh(fresh_dynamo):
+    pass
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fi_compile
-from decoding import decoded, decoder, features, gap
+from decoding import by_speed, decoded, decoder, features, gap
 from variations import VARIATIONS, WIDTH
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -81,11 +81,7 @@ QUICK = {
 }
 
 
-def by_speed(names):
-    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in names]
-
-
-@pytest.mark.parametrize("name", by_speed(FOUND))
+@pytest.mark.parametrize("name", by_speed(FOUND, QUICK.__contains__))
 def test_variations_decode_exactly(name):
     model, x = build(name), features(2, LENGTH, WIDTH)
     expected = model(x)
@@ -98,7 +94,7 @@ def test_variations_decode_exactly(name):
         assert error <= (1e-5 if name in ROUGH else 1e-10)
 
 
-@pytest.mark.parametrize("name", by_speed(REFUSED))
+@pytest.mark.parametrize("name", by_speed(REFUSED, QUICK.__contains__))
 def test_variations_that_are_refused(name):
     with pytest.raises(fi_compile.Unsupported) as refused:
         decoder(build(name), features(2, 9, WIDTH), max_length=LENGTH + 10)

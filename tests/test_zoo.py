@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fi_compile
-from decoding import convolution_scale, decoded, decoder, gap
+from decoding import by_speed, convolution_scale, decoded, decoder, gap
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -31,7 +31,6 @@ WRITTEN = read_table((ROOT / "docs" / "zoo.md").read_text())
 DECODED = [name for name in WRITTEN if name not in REFUSED and (name != PACKAGE or INSTALLED)]
 # Quick ones, of different families; the others are slow.
 QUICK = {"Hyena, order 3", "S4D", "Llama", "Based"}
-by_speed = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in DECODED]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +57,7 @@ def test_every_mixer_of_the_zoo_remembers(name):
     assert forgets(entry, model) < 1e3
 
 
-@pytest.mark.parametrize("name", by_speed)
+@pytest.mark.parametrize("name", by_speed(DECODED, QUICK.__contains__))
 def test_architectures_decode_exactly(name):
     entry = ZOO[name]
     model = entry.model()

@@ -57,6 +57,7 @@ class LinearAttention:
     kind = "linear_attention"
     lowering = "recurrence"
     support = None
+    source = None
     reference = None
 
     @property
