@@ -80,8 +80,9 @@ class Roles:
     outputs: tuple[Any, ...]
 
     def bound(self, arguments: Sequence[Any]) -> Roles:
-        """The roles with the integers of one call's ``arguments`` put into the outputs' forms."""
+        """The roles with the integers and widths of one call's ``arguments`` put into the outputs' forms."""
         values = {_integer(i): arguments[place] for i, place in enumerate(self.integers)}
+        values |= {_width(axis): size for axis, size in enumerate(arguments[self.sequence].shape)}
         outputs = tuple(form.bound(values) if isinstance(form, Form) else form for form in self.outputs)
         return replace(self, outputs=outputs)
 
@@ -128,7 +129,7 @@ def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Sta
     batch, length = as_expr(shape[0]), as_expr(shape[1])
     if batch == length or not isinstance(length, sympy.Symbol):
         return None
-    known = [("size", 0), ("size", 1), *(("stride", axis) for axis in range(len(shape)))]
+    known = [(measure, axis) for measure in ("size", "stride") for axis in range(len(shape))]
     measures = {key: as_expr((shape if key[0] == "size" else strides)[key[1]]) for key in known}
     sizes = []
     for place, expr in list(integers.items()):
@@ -143,6 +144,9 @@ def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Sta
     )
     paths = _paths([placeholders[p] for p in weights])
     symbols = {expr: _integer(i) for i, expr in enumerate(integers.values()) if _moves(expr)}
+    symbols |= {
+        as_expr(shape[axis]): _width(axis) for axis in range(2, len(shape)) if _moves(as_expr(shape[axis]))
+    }
     symbols |= {length: LENGTH} | ({batch: BATCH} if isinstance(batch, sympy.Symbol) else {})
     outputs = tuple(_form(node, symbols) for node in flat_outputs(gm))
     for form in outputs:
@@ -170,6 +174,10 @@ def _find_sequence(
 
 def _integer(i: int) -> sympy.Symbol:
     return sympy.Symbol(f"integer{i}", integer=True)
+
+
+def _width(axis: int) -> sympy.Symbol:
+    return sympy.Symbol(f"width{axis}", integer=True, positive=True)
 
 
 def _moves(expr: Any) -> bool:

@@ -98,6 +98,7 @@ LONG = (
     "filter_implicit_mlp_decay",
     "filter_complex_modes",
     "filter_rational_fixed_length",
+    "filter_per_head",
     "finite_fft",
     "short_conv1d_dilated",
     "outer_product_heads",
