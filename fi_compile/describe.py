@@ -41,10 +41,13 @@ def describe(engine: Engine) -> Report:
         certificate=tuple(engine.proof.steps),
         state_bytes=Lane(derived, 1).state_bytes,
         capacity=engine.capacity,
-        notes=tuple(
-            f"{unit.exit.name!r} recomputes all rows every step: "
-            + engine.declined.get(unit.exit.name, "no better increment is known for it")
-            for unit in engine.plan.regions
+        notes=(
+            *(f"{s.node!r}: {s.condition}" for s in engine.proof.steps if s.rule == "numerically bounded"),
+            *(
+                f"{unit.exit.name!r} recomputes all rows every step: "
+                + engine.declined.get(unit.exit.name, "no better increment is known for it")
+                for unit in engine.plan.regions
+            ),
         ),
     )
 

@@ -8,7 +8,6 @@ compiler lead to one analysis.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,50 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.traceback import preserve_node_meta
 
 from .errors import Refusal
+from .forms import BATCH, LENGTH, Form, form_of
 from .inputs import Counted, Description, Extra, Filled, Fixed, build, describe, sequence_rank
 from .program import as_expr, source_of
-from .symbolic import evaluate_at
 
 _PATH = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|\.([A-Za-z]\w*)(?![\w(])")
 _ONE_INPUT = "pass one sequence, [B, s] or [B, s, D], and beside it tensors and numbers"
-
-
-# One pair of symbols for all graphs, so that the forms of two graphs can be compared.
-BATCH, LENGTH = sympy.symbols("batch length", integer=True, positive=True)
-
-
-@dataclass(frozen=True)
-class Form:
-    """What one output of the graph looks like: sizes and strides as expressions in the batch and the length.
-
-    An output that is a size itself has ``dtype`` None and itself as its only size.
-    """
-
-    dtype: torch.dtype | None
-    shape: tuple[Any, ...]
-    strides: tuple[Any, ...]
-
-    def at(self, batch: int, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shape and strides for ``batch`` rows of ``length`` positions."""
-        symbols = {LENGTH: length, BATCH: batch}
-        return _values(self.shape, symbols), _values(self.strides, symbols)
-
-    def bytes_at(self, batch: int, length: int) -> int:
-        """Bytes of an output of this form."""
-        return math.prod(self.at(batch, length)[0]) * (self.dtype or torch.int64).itemsize
-
-    def bound(self, values: dict[Any, int]) -> Form:
-        """The form with symbols replaced by their values."""
-        shape, strides = (
-            tuple(e.xreplace(values) if isinstance(e, sympy.Basic) else e for e in sizes)
-            for sizes in (self.shape, self.strides)
-        )
-        return Form(self.dtype, shape, strides)
-
-    @property
-    def symbols(self) -> set[Any]:
-        """The symbols the sizes and strides depend on."""
-        return {s for e in (*self.shape, *self.strides) if isinstance(e, sympy.Basic) for s in e.free_symbols}
 
 
 @dataclass(frozen=True)
@@ -148,7 +109,7 @@ def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Sta
         as_expr(shape[axis]): _width(axis) for axis in range(2, len(shape)) if _moves(as_expr(shape[axis]))
     }
     symbols |= {length: LENGTH} | ({batch: BATCH} if isinstance(batch, sympy.Symbol) else {})
-    outputs = tuple(_form(node, symbols) for node in flat_outputs(gm))
+    outputs = tuple(form_of(node, symbols) for node in flat_outputs(gm))
     for form in outputs:
         if isinstance(form, Form) and not form.symbols <= set(symbols.values()):
             return _unsupported_input(placeholders[found], "laid out in memory as its caller likes")
@@ -198,24 +159,6 @@ def flat_outputs(gm: fx.GraphModule) -> tuple[Any, ...]:
     """The graph's outputs: nodes or constants."""
     found = gm.graph.output_node().args[0]
     return tuple(found) if isinstance(found, (tuple, list)) else (found,)
-
-
-def _form(node: Any, symbols: dict[Any, sympy.Symbol]) -> Any:
-    def canonical(size: Any) -> Any:
-        size = as_expr(size)
-        return size.xreplace(symbols) if isinstance(size, sympy.Basic) else size
-
-    value: Any = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-    if isinstance(value, torch.SymInt):
-        return Form(None, (canonical(value),), ())
-    if not isinstance(value, Tensor):
-        return node
-    shape, strides = (tuple(canonical(v) for v in sizes) for sizes in (value.shape, value.stride()))
-    return Form(value.dtype, shape, strides)
-
-
-def _values(expressions: tuple[Any, ...], symbols: dict[Any, int]) -> tuple[int, ...]:
-    return tuple(e if isinstance(e, int) else int(evaluate_at(e, symbols, ())) for e in expressions)
 
 
 def _in_model(node: fx.Node, value: Any) -> bool:
@@ -394,7 +337,6 @@ def _drops(node: fx.Node) -> bool:
 
 
 __all__ = [
-    "Form",
     "Roles",
     "SequenceModule",
     "Static",

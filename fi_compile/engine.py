@@ -18,6 +18,7 @@ from .compare import disagreements
 from .derive import Derived, derive
 from .describe import describe
 from .errors import CapacityError, Refusal, Unsupported
+from .falsify import check_step
 from .lane import Lane
 from .lower import CompiledStep
 from .mixers.attention import with_masks
@@ -26,6 +27,7 @@ from .mixers.increments import Mixer
 from .mixers.linear_attention import LinearAttention
 from .mixers.recognise_groups import recognise_group
 from .mixers.recurrence import as_recurrence, with_modes
+from .mixers.spectra import with_taps
 from .mixers.stack import state_dtype
 from .mixers.tiles import choose_kernels
 from .options import Options
@@ -38,14 +40,14 @@ from .passes.propose_consistency import (
     explain_inconsistency,
     propose_consistency,
 )
-from .passes.prove_prefix import Proof, prove_prefix
+from .passes.prove_prefix import Proof, Step, prove_prefix
 from .passes.raise_mixers import raise_mixers
 from .program import Kind, Program, is_tensor, source_of
 from .report import Report, Snapshot
 from .step import StepProgram
 from .text import program_text
 from .twin import random_sequence, twin_values, widen_call
-from .units import Plan, Unit, take_row
+from .units import Plan, Unit
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,9 @@ class Engine:
         *,
         capacity: int | None = None,
     ) -> None:
-        self.program, self.options, self.model = with_masks(program), options, model
+        self.traced, self.options, self.model = program, options, model
+        program, self._dropped = with_taps(program)
+        self.program = with_masks(program)
         self.kernels = choose_kernels(options.kernels, program.example.device)
         self._reach: int | None = None  # positions at which the tables end, once that was met
         self._reached = 0
@@ -84,12 +88,12 @@ class Engine:
     def _analyse(self) -> None:
         self._timed("trace", lambda: None, program=self.program, rewrites=0)
         self.analysis: Consistency = propose_consistency(self.program)
-        self.proof: Proof = prove_prefix(self.program, self.capacity)
-        self.verdict = "proved"
+        self.proof: Proof = self._prove(self.capacity)
+        self.verdict = "numerically bounded" if self._dropped else "proved"
         if not self._all_certified():
             bounded = bound_tables(self.analysis, self.proof.proved, self.capacity)
             if bounded:
-                self.proof = prove_prefix(self.program, self.capacity, bounded)
+                self.proof = self._prove(self.capacity, bounded)
                 self.verdict = "numerically bounded"
         self.verdicts: dict[str, str] = {}
         self.declined: dict[str, str] = {}  # units of a known kind that run as regions, and why
@@ -97,13 +101,20 @@ class Engine:
         self._check_outputs()
         self.analysis = self.analysis.restricted(self.proof.proved)
         self.plan: Plan = self._timed("analyse", self._plan, program=self.program, rewrites=0)
-        self.check_step()
+        check_step(self.analysis, self.plan)
         derived = self._timed("derive", lambda: self.derived(1), rewrites=0)
         self._timed(
             "raise",
             lambda: self.raised(derived),
             rewrites=sum(m.reference is not None for m in derived.step.mixers),
         )
+
+    def _prove(self, capacity: int, bounded: Mapping[fx.Node, float] | None = None) -> Proof:
+        proof = prove_prefix(self.program, capacity, bounded)
+        for name, share in self._dropped.items():
+            condition = f"read as the spectrum of taps that end, but for {share:.1e} of their norm"
+            proof.steps.append(Step("numerically bounded", name, condition))
+        return proof
 
     def _plan(self) -> Plan:
         proof = self.proof
@@ -390,7 +401,7 @@ class Engine:
         bounded = None
         if self.verdict != "proved":
             bounded = bound_tables(self.analysis, prove_prefix(self.program, capacity).proved, capacity)
-        proof = prove_prefix(self.program, capacity, bounded)
+        proof = self._prove(capacity, bounded)
         if not all(self._certify(unit, capacity, self.double_values) for unit in self.plan.tested):
             raise FilterGrew(self.plan.tested[0].exit.name)
         for node in self.analysis.consistent:
@@ -414,11 +425,13 @@ class Engine:
         ``changed`` names the program inputs whose contents are new.
         """
         kinds = {i.name: i.kind for i in self.program.inputs}
-        program = self._below_range(self.program.with_values(values))
+        traced = self._below_range(self.traced.with_values(values))
+        program = replace(self.program.with_values(values), lengths=traced.lengths)
         check_finite(program)
         if not any(kinds[n] is not Kind.PARAMETER or n in self.proof.values_read for n in changed):
             twin = copy.copy(self)
-            twin.program, twin._derived, twin._raised, twin._filters = program, {}, {}, {}
+            twin.traced, twin.program = traced, program
+            twin._derived, twin._raised, twin._filters = {}, {}, {}
             for stale in ("double_values", "report"):
                 twin.__dict__.pop(stale, None)
             try:
@@ -429,7 +442,7 @@ class Engine:
                     return twin
             except FilterGrew:
                 pass
-        return Engine(program, self.options, self.model, capacity=self.capacity)
+        return Engine(traced, self.options, self.model, capacity=self.capacity)
 
     def _below_range(self, program: Program) -> Program:
         """The program for new weights, with the positions below which the model differs from it."""
@@ -441,7 +454,7 @@ class Engine:
 
     def enlarged(self, capacity: int) -> Engine:
         """The engine for a capacity at which a filter leaves the class it was found in."""
-        return Engine(self.program, self.options, self.model, capacity=capacity)
+        return Engine(self.traced, self.options, self.model, capacity=capacity)
 
     def raised(self, derived: Derived) -> Program:
         """The program with semantic nodes, its filters cut from the derived ones."""
@@ -487,49 +500,6 @@ class Engine:
             found = program.evaluate(sequence, keep=[*taps.values(), *outputs])
         flat = [found[o] if isinstance(o, fx.Node) else o for o in program.outputs]
         return flat, {name: found[node] for name, node in taps.items()}
-
-    # -- falsification -------------------------------------------------------------------------------------
-
-    def check_step(self) -> None:
-        """Decode the sampled sequence in double precision and compare every output at every position.
-
-        Raises :class:`Unsupported` when the step program does not reproduce the model.
-        """
-        analysis = self.analysis
-        n, values = analysis.longest, analysis.values[analysis.longest]
-        step = StepProgram(self.program, self.plan, n)
-        sequence = values[self.program.sequence]
-        twin = derive(
-            step,
-            analysis.parameters,
-            {mixer.name: mixer.derive(analysis.parameters, n) for mixer in step.mixers},
-            dtype=torch.float64,
-            block=5,
-            batch=sequence.shape[0],
-            rewrite=widen_call,
-        )
-        lane = Lane(twin, sequence.shape[0])
-        for t in range(n):
-            found = lane.step(sequence[:, t : t + 1], lambda: step(lane.tensors, widen_call))
-            for node, value in zip(self.program.outputs, found, strict=True):
-                expected = self._expected(node, t)
-                if expected is not None and not agrees(value, expected, 1e-9, values[node]):
-                    raise Unsupported(
-                        Refusal(
-                            "internal",
-                            f"the derived step disagrees with the model at position {t} of {node.name!r}",
-                            (node.name,),
-                            hint="please report this model: the analysis accepted a plan that is wrong",
-                        )
-                    )
-
-    def _expected(self, node: Any, t: int) -> Tensor | None:
-        if not is_tensor(node):
-            return None
-        axes = self.plan.axes[node]
-        if axes:
-            return take_row(self.analysis.values[self.analysis.longest][node], axes[0], t)
-        return self.analysis.values.get(t + 1, {}).get(node)
 
     # -- report --------------------------------------------------------------------------------------------
 

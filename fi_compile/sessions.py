@@ -22,8 +22,8 @@ from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
 
 from .decoder import Decoder
-from .dynamo import Form
 from .errors import FlashinfError
+from .forms import Form
 from .growing import Growing, laid_out
 from .inputs import bits
 
