@@ -23,10 +23,12 @@ from .lane import Lane
 from .lower import CompiledStep
 from .mixers.attention import with_masks
 from .mixers.convolution import Convolution, FilterGrew, classify, recognise, verify
+from .mixers.folds import Fold, recognise_fold
 from .mixers.increments import Mixer
 from .mixers.linear_attention import LinearAttention
 from .mixers.recognise_groups import recognise_group
 from .mixers.recurrence import as_recurrence, with_modes
+from .mixers.sliding_attention import SlidingAttention, recognise_sliding
 from .mixers.spectra import with_taps
 from .mixers.stack import state_dtype
 from .mixers.tiles import choose_kernels
@@ -139,7 +141,7 @@ class Engine:
 
     def _mixer_holds(self, mixer: Mixer, proof: Proof, capacity: int) -> bool:
         """Whether a mixer equals its unit for the present weights up to a capacity."""
-        if isinstance(mixer, LinearAttention):
+        if not isinstance(mixer, Convolution):
             return mixer.holds(proof, self.double_values, capacity)
         return verify(mixer, self.double_values, capacity, self._filter(mixer, capacity))
 
@@ -172,7 +174,11 @@ class Engine:
             )
             raise Unsupported(*(self.proof.refusals or [unproved]))
 
-    def _recognise(self, analysis: Consistency, unit: Unit, x: fx.Node) -> Convolution | None:
+    def _recognise(self, analysis: Consistency, unit: Unit, x: fx.Node) -> Convolution | Fold | None:
+        fold = recognise_fold(analysis, unit, x)
+        if fold is not None:
+            self.verdicts[fold.name] = "proved causal; the operator's definition is its recurrence"
+            return fold
         found = recognise(analysis, unit, x, self.capacity)
         if found is None:
             return None
@@ -213,17 +219,28 @@ class Engine:
         self.verdicts[found.name] = how
         return chosen
 
-    def _recognise_group(self, analysis: Consistency, unit: Unit) -> LinearAttention | None:
-        found = recognise_group(analysis, unit, self.proof, self._is_affine)
-        if found is None or not all(
-            found.holds(self.proof, values, self.capacity)
-            for values in (analysis.parameters, self.double_values)
-        ):
-            return None
-        self.verdicts[found.name] = (
-            "proved linear, its weights a function of the lag; equals its recurrence at all lags"
-        )
-        return found
+    def _recognise_group(
+        self, analysis: Consistency, unit: Unit
+    ) -> LinearAttention | SlidingAttention | None:
+        ways: list[tuple[Callable[[], LinearAttention | SlidingAttention | None], str]] = [
+            (
+                lambda: recognise_group(analysis, unit, self.proof, self._is_affine),
+                "proved linear, its weights a function of the lag; equals its recurrence at all lags",
+            ),
+            (
+                lambda: recognise_sliding(analysis, unit, self.proof, self.double_values, self.capacity),
+                "proved that keys beyond its window weigh exactly nothing",
+            ),
+        ]
+        for recognised, verdict in ways:
+            found = recognised()
+            if found is not None and all(
+                found.holds(self.proof, values, self.capacity)
+                for values in (analysis.parameters, self.double_values)
+            ):
+                self.verdicts[found.name] = verdict
+                return found
+        return None
 
     @cached_property
     def double_values(self) -> dict[str, Tensor]:

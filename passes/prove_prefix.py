@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 from fi_compile.errors import Refusal
 from fi_compile.facts import (
     EXTREME,
+    OPEN,
     ORDINARY,
     Deny,
     Dim,
@@ -92,6 +94,10 @@ class Proof:
         return all(
             axis.plain for n in (node, *call.tensors()) if n in self.facts for axis in self.facts[n].axes
         )
+
+    def call(self, node: fx.Node) -> Call | None:
+        """The call a certified node's rule saw, or ``None``."""
+        return self._calls.get(node) if node in self.facts else None
 
     def linear_in(self, node: fx.Node, inputs: Collection[fx.Node]) -> bool:
         """The operator is jointly linear in exactly these arguments, the others held fixed."""
@@ -465,18 +471,24 @@ class _Walker:
         moving = [d for d, dim in enumerate(fact.dims) if not all(a.fixed for a in dim)]
         if len(moving) < 2 or not fact.proved(self.length):
             return fact
-        known = {(t.query, t.key) for t in fact.triangles}
-        table = None if len(known) else self.table(node)
+        known = {(t.query, t.key): t for t in fact.triangles}
+        # Whether a diagonal is in sight may depend on more than what rules follow.
+        vague = [
+            p
+            for p, t in known.items()
+            if is_number(t.above)
+            and (t.diagonal is None or (t.diagonal is OPEN and isinstance(t.above, bool)))
+        ]
+        table = self.table(node) if vague or not known else None
         if table is None or table.is_complex():
             return fact
-        found = []
-        for q in moving:
-            for k in moving:
-                if q != k:
-                    found.extend(decided(table, q, k))
+        found = {(q, k): t for q, k in itertools.permutations(moving, 2) for t in decided(table, q, k)}
+        found = {
+            p: t for p, t in found.items() if p not in known or (p in vague and t.above == known[p].above)
+        }
         if found:
             self.proof.steps.append(Step("by value", node.name, "decided at the longest length"))
-        return replace(fact, triangles=(*fact.triangles, *found))
+        return replace(fact, triangles=tuple({**known, **found}.values()))
 
     def _record(self, node: fx.Node, call: Call, result: Fact | list[Fact]) -> None:
         facts = result if isinstance(result, list) else [result]

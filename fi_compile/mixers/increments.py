@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .convolution import Convolution
+from .folds import Fold, RunningFold
 from .linear_attention import LinearAttention
 from .outer_sums import OuterSums
 from .recurrence import Recurrence
+from .sliding_attention import KeyRing, SlidingAttention
 from .window import Scan, ShortConv
 
-Mixer = Convolution | LinearAttention
+Mixer = Convolution | LinearAttention | SlidingAttention | Fold
 
 
 class Increment(Protocol):
@@ -71,6 +73,10 @@ def increment_of(mixer: Mixer) -> Increment | None:
     """The increment of a mixer; None for what the stack of long convolutions serves."""
     if isinstance(mixer, LinearAttention):
         return OuterSums(mixer)
+    if isinstance(mixer, SlidingAttention):
+        return KeyRing(mixer)
+    if isinstance(mixer, Fold):
+        return RunningFold(mixer)
     make = INCREMENTS.get(mixer.lowering)
     return None if make is None else make(mixer)
 

@@ -71,7 +71,7 @@ class ShortConv:
 
     def fill(self, ring: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Take over the newest of the inputs x [B, Cin, P] of positions 0 … P-1."""
-        _write_newest(ring, x)
+        write_newest(ring, x)
 
     def cost(self, weights: Mapping[str, Tensor]) -> str:
         """Work of one step."""
@@ -112,7 +112,7 @@ class Scan:
 
     def fill(self, ring: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Take over the sums of the inputs x [B, Cin, P] of positions 0 … P-1."""
-        _write_newest(ring, x.cumsum(-1))
+        write_newest(ring, x.cumsum(-1))
 
     def cost(self, weights: Mapping[str, Tensor]) -> str:
         """Work of one step."""
@@ -128,7 +128,8 @@ def drop_rows(ring: Tensor, position: int, kept: int) -> None:
         ring.zero_()
 
 
-def _write_newest(ring: Tensor, rows: Tensor) -> None:
+def write_newest(ring: Tensor, rows: Tensor) -> None:
+    """Fill a ring [R, B, C] with the newest of the rows [B, C, P] of positions 0 … P-1."""
     size, length = ring.shape[0], rows.shape[-1]
     ring.zero_()
     first = max(0, length - size)
