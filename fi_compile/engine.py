@@ -26,6 +26,7 @@ from .mixers.convolution import Convolution, FilterGrew, classify, recognise, ve
 from .mixers.folds import Fold, recognise_fold
 from .mixers.increments import Mixer
 from .mixers.linear_attention import LinearAttention
+from .mixers.products import Product, recognise_product
 from .mixers.recognise_groups import recognise_group
 from .mixers.recurrence import as_recurrence, with_modes
 from .mixers.sliding_attention import SlidingAttention, recognise_sliding
@@ -174,7 +175,12 @@ class Engine:
             )
             raise Unsupported(*(self.proof.refusals or [unproved]))
 
-    def _recognise(self, analysis: Consistency, unit: Unit, x: fx.Node) -> Convolution | Fold | None:
+    def _recognise(
+        self, analysis: Consistency, unit: Unit, inputs: Sequence[fx.Node]
+    ) -> Convolution | Fold | Product | None:
+        if len(inputs) == 2:
+            return self._recognise_product(analysis, unit, inputs)
+        (x,) = inputs
         fold = recognise_fold(analysis, unit, x)
         if fold is not None:
             self.verdicts[fold.name] = "proved causal; the operator's definition is its recurrence"
@@ -189,6 +195,22 @@ class Engine:
                 f"{len(found.source)} filters of {self.capacity} lags mix its channels: too many to keep"
             )
             return None
+
+    def _recognise_product(
+        self, analysis: Consistency, unit: Unit, inputs: Sequence[fx.Node]
+    ) -> Product | None:
+        found = recognise_product(analysis, unit, inputs, self._is_affine)
+        if found is None or not self._holds_for_all(found):
+            return None
+        self.verdicts[found.name] = (
+            "proved causal and bilinear; equals the convolution on random input over the whole capacity"
+        )
+        return found
+
+    def _holds_for_all(self, mixer: Mixer) -> bool:
+        """Whether a mixer holds for the present weights and for moved ones."""
+        both = (self.analysis.parameters, self.double_values)
+        return all(mixer.holds(self.proof, values, self.capacity) for values in both)
 
     def _settle(self, analysis: Consistency, found: Convolution) -> Convolution | None:
         """The increment of a convolution, or None where the proof and the unit itself do not bear it out."""
@@ -234,10 +256,7 @@ class Engine:
         ]
         for recognised, verdict in ways:
             found = recognised()
-            if found is not None and all(
-                found.holds(self.proof, values, self.capacity)
-                for values in (analysis.parameters, self.double_values)
-            ):
+            if found is not None and self._holds_for_all(found):
                 self.verdicts[found.name] = verdict
                 return found
         return None

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from .derive import Derived
 from .mixers.increments import weights_of
+from .mixers.relaxed import RelaxedProduct
 from .mixers.stack import ConvState
 from .mixers.window import drop_rows
 from .program import as_expr
@@ -51,6 +52,11 @@ class Lane:
                 self.tensors[f"ring:{name}"] = window.ring(rows, weights_of(window, name, self.tensors))
             for name, table in derived.tables.items():
                 self.tensors[name] = table.new_zeros((derived.block, *table.shape[1:]))
+        self._products = [
+            (f"ring:{name}", window)
+            for name, window in step.windows.items()
+            if isinstance(window, RelaxedProduct)
+        ]
         if self.conv is not None:
             self.tensors["block_inputs"] = self.conv.block_inputs
             self.tensors["block_pending"] = self.conv.block_pending
@@ -102,6 +108,8 @@ class Lane:
         self.highest = max(self.highest, self.position)
         if self.conv is not None:
             self.conv.advance()
+        for name, product in self._products:
+            product.advance(self.tensors[name], self.position)
         if self.position - self.block_start == self.derived.block:
             self._begin_block(self.position)
             self.tensors["local"].zero_()
@@ -141,8 +149,11 @@ class Lane:
             return False
         self.broken = True
         self.highest = self.highest if position else 0
-        for name in step.windows:
-            drop_rows(self.tensors[f"ring:{name}"], self.position, position)
+        for name, window in step.windows.items():
+            if not isinstance(window, RelaxedProduct):
+                drop_rows(self.tensors[f"ring:{name}"], self.position, position)
+        for name, product in self._products:
+            product.restart(self.tensors[name], position)
         for node in step.plan.histories:
             buffer, axis = self.tensors[f"history:{node.name}"], step.axes[node][0]
             buffer.narrow(axis, position, self.position - position).zero_()
@@ -178,7 +189,12 @@ class Lane:
                 source = source.index_select(axis, index)
             new.tensors[name].narrow(axes[0], 0, self.position).copy_(source)
         for name in step.windows:
-            new.tensors[f"ring:{name}"].copy_(self.tensors[f"ring:{name}"].index_select(1, index))
+            rows, ring = self.tensors[f"ring:{name}"].index_select(1, index), new.tensors[f"ring:{name}"]
+            kept = min(len(rows), len(ring))  # all of them, but for products at another capacity
+            ring[:kept] = rows[:kept]
+        if derived is not self.derived:
+            for name, product in new._products:
+                product.restart(new.tensors[name], self.position)
         start = self.block_start
         if self.conv is not None:
             assert derived.bank is not None

@@ -65,12 +65,14 @@ class StepProgram:
     @cached_property
     def stacked(self) -> tuple[Convolution, ...]:
         """The long convolutions in tiles, in the order of their channels in the stack."""
-        return tuple(m for m in self.mixers if isinstance(m, Convolution) and increment_of(m) is None)
+        return tuple(
+            m for m in self.mixers if isinstance(m, Convolution) and increment_of(m, self.capacity) is None
+        )
 
     @cached_property
     def windows(self) -> Mapping[str, Increment]:
         """The ring-keeping increments by mixer name."""
-        return {m.name: w for m in self.mixers if (w := increment_of(m)) is not None}
+        return {m.name: w for m in self.mixers if (w := increment_of(m, self.capacity)) is not None}
 
     @cached_property
     def axes(self) -> Mapping[fx.Node, tuple[int, ...]]:

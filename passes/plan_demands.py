@@ -9,7 +9,7 @@ becomes a history, unless a mixer recognises the unit and brings an increment of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from fi_compile.program import Program, is_tensor, source_of
 from fi_compile.twin import widen_call
 from fi_compile.units import ALL, NEW, Demand, Plan, Unit, closure, run_unit, take_row, zero_tail
 
-Recognise = Callable[[Consistency, Unit, fx.Node], Any]
+Recognise = Callable[[Consistency, Unit, Sequence[fx.Node]], Any]
 RecogniseGroup = Callable[[Consistency, Unit], Any]
 _TOLERANCE = 1e-9
 _MOST_ABSORBED = 12
@@ -37,8 +37,9 @@ def plan_demands(
     """Plan one step: which units run, what they read, and what is kept.
 
     Requires: the consistency of the program's nodes. Ensures: every output's newest row is computed by the units
-    from the new row of the sequence, histories, tables and the mixers' own states. ``recognise(analysis, unit, x)``
-    returns the increment of a unit that needs the whole of the single value ``x``, or None;
+    from the new row of the sequence, histories, tables and the mixers' own states.
+    ``recognise(analysis, unit, inputs)`` returns the increment of a unit that needs the whole of these values, one or
+    two, or None;
     ``recognise_group(analysis, unit)`` that of a unit with all values of two sequence axes behind its exit, or None;
     ``is_local(node)`` says whether an operator is certified to make each row from the same rows of its arguments;
     ``certify(unit)`` settles what no operator's rule does. Raises :class:`Unsupported` when an output is not
@@ -151,10 +152,12 @@ class _Planner:
                 whole = [i for i, d in candidate.reads.items() if d == (ALL,) and self.is_data(i)]
                 if not whole:
                     return self.accept(fallback or candidate)
-                if len(demand) == 1 and len(whole) == 1:
-                    mixer = self.recognise(self.analysis, candidate, whole[0])
+                if len(demand) == 1 and len(whole) <= 2:
+                    mixer = self.recognise(self.analysis, candidate, whole)
                     if mixer is not None:
-                        return self.accept(Unit(node, demand, nodes, {whole[0]: (NEW,)}, "row", mixer))
+                        return self.accept(
+                            Unit(node, demand, nodes, dict.fromkeys(whole, (NEW,)), "row", mixer)
+                        )
                 fallback = fallback or candidate
             else:
                 whole = [i for i in inputs if is_tensor(i) and len(self.rows(i)) > 1]

@@ -12,11 +12,13 @@ from .convolution import Convolution
 from .folds import Fold, RunningFold
 from .linear_attention import LinearAttention
 from .outer_sums import OuterSums
+from .products import Product
 from .recurrence import Recurrence
+from .relaxed import RelaxedProduct
 from .sliding_attention import KeyRing, SlidingAttention
 from .window import Scan, ShortConv
 
-Mixer = Convolution | LinearAttention | SlidingAttention | Fold
+Mixer = Convolution | LinearAttention | SlidingAttention | Fold | Product
 
 
 class Increment(Protocol):
@@ -69,14 +71,16 @@ INCREMENTS: dict[str, Callable[[Convolution], Increment]] = {
 }
 
 
-def increment_of(mixer: Mixer) -> Increment | None:
-    """The increment of a mixer; None for what the stack of long convolutions serves."""
+def increment_of(mixer: Mixer, capacity: int) -> Increment | None:
+    """The increment of a mixer for so many positions; None for what the stack of long convolutions serves."""
     if isinstance(mixer, LinearAttention):
         return OuterSums(mixer)
     if isinstance(mixer, SlidingAttention):
         return KeyRing(mixer)
     if isinstance(mixer, Fold):
         return RunningFold(mixer)
+    if isinstance(mixer, Product):
+        return RelaxedProduct(mixer.layout_out.count, capacity)
     make = INCREMENTS.get(mixer.lowering)
     return None if make is None else make(mixer)
 
