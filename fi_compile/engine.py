@@ -207,7 +207,7 @@ class Engine:
         )
         return found
 
-    def _holds_for_all(self, mixer: Mixer) -> bool:
+    def _holds_for_all(self, mixer: LinearAttention | SlidingAttention | Product) -> bool:
         """Whether a mixer holds for the present weights and for moved ones."""
         both = (self.analysis.parameters, self.double_values)
         return all(mixer.holds(self.proof, values, self.capacity) for values in both)
