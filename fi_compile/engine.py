@@ -490,7 +490,7 @@ class Engine:
                 step = lane.derived.step
                 if lane.reach < step.capacity:
                     step = replace(step, reach=lane.reach)
-                self._steps[key] = CompiledStep(step, lane.tensors, self.options.step)
+                self._steps[key] = CompiledStep(step, lane.tensors, self.options.step, lane.derived.block)
             lane.run = self._steps[key].on(lane.tensors)
         return lane.run
 
