@@ -118,9 +118,8 @@ def _key(part: fx.GraphModule) -> str:
 @cache
 def _machine() -> tuple[str, ...]:
     try:
-        flags = next(
-            l for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith(("flags", "Features"))
-        )
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         flags = platform.processor()
     return platform.platform(), platform.machine(), torch.backends.cpu.get_cpu_capability(), flags
