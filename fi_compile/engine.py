@@ -332,6 +332,12 @@ class Engine:
             for a in self.plan.batch_axes[o]
         )
 
+    @cached_property
+    def output_axes(self) -> tuple[int | None, ...]:
+        """The sequence axis of each output, None where it has none."""
+        found = (self.plan.axes.get(o, ()) if isinstance(o, fx.Node) else () for o in self.program.outputs)
+        return tuple(axes[0] if axes else None for axes in found)
+
     def runs_at(self, length: int) -> bool:
         """Whether the graph itself may run at this length."""
         return self.program.lengths.admits(length)
