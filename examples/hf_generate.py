@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--new-tokens", type=int, default=100)
     parser.add_argument("--prompt", type=int, default=2000, help="tokens of the prompt")
-    parser.add_argument("--step", choices=("inductor", "eager"), default="inductor")
+    parser.add_argument("--step", choices=("auto", "aot", "inductor", "eager"), default="auto")
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .doors import (
     DoorKey,
     Doors,
     FlashinfWarning,
+    GraphKey,
     doors_of,
     find_door,
 )
@@ -36,6 +38,7 @@ _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-c
 # A graph is interpreted this many times before Inductor is worth its compile time.
 _EAGER_CALLS = 2
 _EAGER_PROMPTS = 8
+_DTYPE = attrgetter("dtype")
 
 
 def flashinf(
@@ -154,6 +157,7 @@ class _Artifact:
         self._plain.patience = _EAGER_PROMPTS
         self._text = hashlib.sha256(graph_text(gm, roles).encode()).digest()
         self._own_doors = Doors()  # of a graph that reads no weights
+        self._last: tuple[Any, GraphKey] | None = None
 
     def __call__(self, *args: Any) -> Any:
         roles = self._roles
@@ -175,16 +179,19 @@ class _Artifact:
             self._plain.patience = _EAGER_CALLS
         return door.call(sequence, lambda: self._plain(*args))
 
-    def _on(self, weights: Sequence[Tensor], sequence: Tensor) -> tuple[Any, ...]:
-        return (
-            self._text,
-            self._roles.outputs,
-            self._options,
-            *((id(w), w.data_ptr(), w.dtype) for w in weights),
-            sequence.dtype,
-            sequence.device,
-            sequence.shape[2:],
+    def _on(self, weights: Sequence[Tensor], sequence: Tensor) -> GraphKey:
+        """The key of this graph on these weights and sequences of this kind: nearly always that of the last call."""
+        found = (
+            [*map(id, weights)],
+            [*map(Tensor.data_ptr, weights)],
+            [*map(_DTYPE, weights)],
+            (sequence.dtype, sequence.device, sequence.shape[2:]),
         )
+        last = self._last
+        if last is None or last[0] != found:
+            graph = self._text, self._roles.outputs, self._options
+            last = self._last = found, GraphKey((*graph, *map(tuple, found)))
+        return last[1]
 
     def _values(self, args: Sequence[Any], beside: Sequence[Description]) -> tuple[Any, ...]:
         numbers = (exact(args[place].item()) for place in self._roles.numbers)

@@ -121,7 +121,12 @@ class Decoder:
     @property
     def inputs(self) -> Tensor:
         """A copy of the sequences so far, [B, longest position(, D)]: what the state was computed from."""
-        return self._sequence[:, : max(lane.position for lane, _ in self._lanes)].clone()
+        return self.kept_inputs.clone()
+
+    @property
+    def kept_inputs(self) -> Tensor:
+        """The same without a copy: to be read only, and until the next call."""
+        return self._sequence[:, : max(lane.position for lane, _ in self._lanes)]
 
     @property
     def weights_unchanged(self) -> bool:
@@ -201,6 +206,9 @@ class Decoder:
         self._check_token(token)
         row = token.unsqueeze(1)
         self._ready(row)
+        if len(self._lanes) == 1:
+            lane = self._lanes[0][0]
+            return self._assemble([self._newest(lane.step(row, self.engine.step(lane)))])
         parts = []
         for lane, rows in self._lanes:
             part = row if len(rows) == self._batch else row[rows]
@@ -315,6 +323,12 @@ class Decoder:
         """Make every lane our own, with room for tokens [B, m(, D)], and keep those."""
         self._check_running()
         many, fewest = tokens.shape[1], self.engine.program.lengths.fewest
+        if len(self._lanes) == 1:  # nearly always: one lane, our own, with room
+            lane = self._lanes[0][0]
+            start, end = lane.position, lane.position + many
+            if lane.owners == 1 and fewest <= end <= min(lane.derived.capacity, self._sequence.shape[1]):
+                self._sequence[:, start:end] = tokens
+                return
         if min(lane.position for lane, _ in self._lanes) + many < fewest:
             raise InputError(
                 f"below {fewest} positions this model computes another function; prefill at least {fewest}"
@@ -396,11 +410,8 @@ class Decoder:
 
     def _newest(self, flat: Sequence[Any]) -> list[Any]:
         """A step's outputs without their sequence axis."""
-        nodes = self.engine.program.outputs
-        return [
-            value if (axis := self._axis(node)) is None else value.squeeze(axis)
-            for node, value in zip(nodes, flat, strict=True)
-        ]
+        axes = self.engine.output_axes
+        return [v if axis is None else v.squeeze(axis) for axis, v in zip(axes, flat, strict=True)]
 
     def _newest_of(self, flat: Sequence[Any], length: int) -> list[Any]:
         return [

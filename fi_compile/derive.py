@@ -90,8 +90,8 @@ def derive(
         references[mixer.name] = reference
     bank = _bank(step, filters, dtype, block, kernels)
     if bank is not None:
-        constants |= {"block_table": bank.block_table, "skip": bank.skip}
-        if bank.source is not None:
+        constants |= step.by_mixer("block_table", bank.block_table) | step.by_mixer("skip", bank.skip)
+        if bank.source is not None and step.kernels != "torch":
             constants["source"] = bank.source
     _add_tables(step, values, batch, rewrite, constants, tables)
     return Derived(step, values, dtype, block, bank, constants, tables, references, rewrite is not None)

@@ -248,8 +248,9 @@ class Door:
         """Continue a session whose lock is held; None where our own work failed, which is then a refusal."""
         try:
             decoder = session.decoder
-            if decoder is not None and session.weights_unchanged:
-                lost = decoder.inputs.shape[1] - match.common
+            fresh = session.weights_unchanged
+            if decoder is not None and fresh:
+                lost = decoder.kept_inputs.shape[1] - match.common
                 if match.common < sequence.shape[1] and (
                     lost > _CHEAP_LOSS or decoder.batch != sequence.shape[0]
                 ):
@@ -257,7 +258,7 @@ class Door:
                     session.lock.release()
                     session = forked
                     self._add(session)
-            return session.advance(sequence, match)
+            return session.advance(sequence, match, fresh=fresh)
         except (CapacityError, InputError, MemoryLimit):
             self.drop(session)
             raise
@@ -276,11 +277,24 @@ class Door:
 _ATTRIBUTE = "_flashinf_doors"
 
 
+class GraphKey:
+    """A graph on certain weights, as a key: equal to another of equal ``parts``, its hash computed once."""
+
+    def __init__(self, parts: tuple[Any, ...]) -> None:
+        self.parts, self._hash = parts, hash(parts)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, GraphKey) and self.parts == other.parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 @dataclass(frozen=True)
 class DoorKey:
     """What a door answers: a graph on certain weights, and the values passed beside the sequence."""
 
-    graph: tuple[Any, ...]
+    graph: GraphKey
     values: tuple[Any, ...] = ()
 
 

@@ -351,6 +351,12 @@ class Engine:
             for a in self.plan.batch_axes[o]
         )
 
+    @cached_property
+    def output_axes(self) -> tuple[int | None, ...]:
+        """The sequence axis of each output, None where it has none."""
+        found = (self.plan.axes.get(o, ()) if isinstance(o, fx.Node) else () for o in self.program.outputs)
+        return tuple(axes[0] if axes else None for axes in found)
+
     def runs_at(self, length: int) -> bool:
         """Whether the graph itself may run at this length."""
         return self.program.lengths.admits(length)
@@ -509,7 +515,7 @@ class Engine:
                 step = lane.derived.step
                 if lane.reach < step.capacity:
                     step = replace(step, reach=lane.reach)
-                self._steps[key] = CompiledStep(step, lane.tensors, self.options.step)
+                self._steps[key] = CompiledStep(step, lane.tensors, self.options.step, lane.derived.block)
             lane.run = self._steps[key].on(lane.tensors)
         return lane.run
 

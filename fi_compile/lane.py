@@ -57,9 +57,7 @@ class Lane:
             for name, window in step.windows.items()
             if isinstance(window, RelaxedProduct)
         ]
-        if self.conv is not None:
-            self.tensors["block_inputs"] = self.conv.block_inputs
-            self.tensors["block_pending"] = self.conv.block_pending
+        self._view_block()
         self._begin_block(0)
 
     def _history(self, node: fx.Node) -> Tensor:
@@ -85,6 +83,13 @@ class Lane:
     def signature(self) -> tuple[Any, ...]:
         """Names, shapes, strides and dtypes of the step's tensors: what a compiled step is specialised to."""
         return tuple((name, tuple(t.shape), t.stride(), t.dtype) for name, t in self.tensors.items())
+
+    def _view_block(self) -> None:
+        """Name the stack's current block as the step reads it."""
+        if self.conv is not None:
+            by_mixer = self.derived.step.by_mixer
+            self.tensors |= by_mixer("block_inputs", self.conv.block_inputs)
+            self.tensors |= by_mixer("block_pending", self.conv.block_pending)
 
     def _begin_block(self, start: int) -> None:
         """Load the tables' rows of the base block that begins at ``start``."""
@@ -201,8 +206,7 @@ class Lane:
             new.conv = self.conv.select_rows(index)
             if derived.bank is not self.conv.bank:
                 new.conv = new.conv.grow(derived.bank)
-            new.tensors["block_inputs"] = new.conv.block_inputs
-            new.tensors["block_pending"] = new.conv.block_pending
+            new._view_block()
             start = self.position - new.conv.local
         new._begin_block(start)
         new._place(self.position)

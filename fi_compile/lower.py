@@ -1,4 +1,4 @@
-"""lower: a step program as one compiled function of static shapes."""
+"""lower: a step program as one function of static shapes, compiled part by part."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .errors import FlashinfWarning
+from .layers import Layers, Run, is_write, split_layers, whole
+from .native import INDUCTOR, compile_native
 from .step import StepProgram
 
 # Above this many rows a product with a weight is a matrix product; below, reading the weight is all it costs.
 _MOST_ROWS_BY_SUM = 2
+# A part of so few operators is as fast interpreted, and costs no compilation.
+_FEWEST_NODES = 3
 
 _STATE = ("history:", "ring:", "block_inputs", "block_pending")
-_CHECKED_STEPS = 3
-
-_INDUCTOR = {
-    "realize_opcount_threshold": 0,  # else a norm is recomputed for every row of the product that follows
-    "cpp.enable_floating_point_contract_flag": "fast",
-    "size_asserts": False,
-}
 
 
 def _small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,6 +30,198 @@ def _small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         return NotImplemented
     out = (weight * x.unsqueeze(-2)).sum(-1)
     return out if bias is None else out + bias
+
+
+class CompiledStep:
+    """A step program for one batch size, traced to an fx graph and compiled.
+
+    ``graph_module`` is the step graph: ATen operators on static shapes with the position as a tensor. ``layers`` are
+    its parts and how they are called. ``how``: ``aot`` (native libraries, else TorchInductor, else uncompiled: the
+    first that works for a part), ``inductor``, ``eager``, or ``auto``, which is ``aot`` on the CPU.
+    """
+
+    def __init__(self, step: StepProgram, tensors: Mapping[str, Tensor], how: str, block: int = 1) -> None:
+        start = time.perf_counter()
+        self.names = tuple(tensors)
+        self.constant: list[Any] = []
+        self.places: list[int] = []
+        self.most, self.block = step.length, block
+        example = [tensors[name] for name in self.names]
+        self.graph_module = self._trace(step, example)
+        graph, device = self.graph_module.graph, tensors["position"].device.type
+        if how == "auto":
+            how = "aot" if device == "cpu" else "inductor"
+        # On a GPU launches are what counts, and one graph has the fewest.
+        self.layers: Layers = split_layers(graph) if how != "eager" and device == "cpu" else whole(graph)
+        self.runs: list[Run] = [_uncompiled(part) for part in self.layers.parts]
+        if how != "eager":
+            self._compile(example, how)
+        self.milliseconds = 1e3 * (time.perf_counter() - start)
+
+    def _trace(self, step: StepProgram, example: list[Tensor]) -> fx.GraphModule:
+        def flat(*args: Tensor) -> Sequence[Tensor]:
+            outputs = step(dict(zip(self.names, args, strict=True)))
+            self.places.clear()
+            self.constant = [None if isinstance(o, Tensor) else o for o in outputs]
+            self.places.extend(i for i, o in enumerate(outputs) if isinstance(o, Tensor))
+            return [o.clone() for o in outputs if isinstance(o, Tensor)]  # never a view of the state
+
+        with torch.no_grad():
+            module = make_fx(
+                flat,
+                tracing_mode="fake",
+                decomposition_table={torch.ops.aten.linear.default: _small_linear},
+                pre_dispatch=True,
+            )(*example)
+        graph = module.graph
+        for node in graph.nodes:
+            if node.op == "call_function" and is_write(node):
+                node.replace_all_uses_with(node.args[0])
+        graph.eliminate_dead_code()
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        for node, name in zip(placeholders, self.names, strict=True):
+            node._rename(name.replace(":", "_").replace(".", "_"))
+            node.target = node.name
+        module.recompile()
+        return module
+
+    # -- compiling -----------------------------------------------------------------------------------------
+
+    def _compile(self, example: list[Tensor], how: str) -> None:
+        """Compile each part, and see that it computes what its graph does."""
+        with torch.inference_mode(False), torch.no_grad():
+            inputs = self._inputs_of_parts(example)
+            for i, part in enumerate(self.layers.parts):
+                operators = sum(node.op == "call_function" for node in part.graph.nodes)
+                if operators >= _FEWEST_NODES:
+                    self.runs[i] = _compiled(part, inputs[i], how)
+            wrong = self._wrong_parts(example)
+            for i in wrong:
+                self.runs[i] = _uncompiled(self.layers.parts[i])
+        if wrong:
+            warnings.warn(
+                "the compiled step disagrees with its own graph; "
+                + ("it runs uncompiled" if len(wrong) == len(self.runs) else "a part of it runs uncompiled"),
+                FlashinfWarning,
+                stacklevel=2,
+            )
+
+    def _inputs_of_parts(self, example: list[Tensor]) -> list[list[Tensor]]:
+        """What each part is called with the first time, in memory of its own where it is written to."""
+        found: dict[int, list[Tensor]] = {}
+
+        def noting(part: int) -> Run:
+            run = _uncompiled(self.layers.parts[part])
+
+            def note(args: list[Tensor]) -> Sequence[Tensor]:
+                found.setdefault(part, list(args))
+                return run(args)
+
+            return note
+
+        self.layers.bind([noting(i) for i in range(len(self.runs))], self._trial(example))()
+        return [found[i] for i in range(len(self.runs))]
+
+    def _wrong_parts(self, example: list[Tensor]) -> set[int]:
+        """Parts that do not agree with their graphs on outputs and on every tensor they write, over some steps.
+
+        A compiler that reorders writes to state is silent about it; steps on random state are not.
+        """
+        wrong: set[int] = set()
+
+        def comparing(i: int) -> Run:
+            part, run = _uncompiled(self.layers.parts[i]), self.runs[i]
+            written = _written(self.layers.parts[i])
+
+            def compare(args: list[Tensor]) -> Sequence[Tensor]:
+                own = [_copy(a) if place in written else a for place, a in enumerate(args)]
+                found, expected = run(own), part(args)
+                pairs = [*zip(expected, found, strict=True), *((args[w], own[w]) for w in written)]
+                if not all(_agree(a, b) for a, b in pairs):
+                    wrong.add(i)
+                return expected
+
+            return compare
+
+        state = self._trial(example)
+        step = self.layers.bind([comparing(i) for i in range(len(self.runs))], state)
+        named = dict(zip(self.names, state, strict=True))
+        for position in sorted({0, 1, 2, self.most - 1}):
+            named["position"].fill_(min(position, self.most - 1))
+            named["local"].fill_(position % self.block)
+            step()
+        return wrong
+
+    def _trial(self, example: list[Tensor]) -> list[Tensor]:
+        """The step's tensors with random state; memory of its own for whatever is written."""
+        generator = torch.Generator().manual_seed(5)
+        written, tensors = _written(self.graph_module), list(example)
+        for place, name in enumerate(self.names):
+            if place in written or name.startswith(_STATE):
+                tensors[place] = _copy(tensors[place])
+            if name.startswith(_STATE) and tensors[place].is_floating_point():
+                noise = torch.randn(tensors[place].shape, generator=generator, dtype=torch.float32)
+                tensors[place].copy_(noise)
+        return tensors
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def on(self, tensors: Mapping[str, Tensor]) -> Callable[[], list[Any]]:
+        """The step on one lane's tensors, which it reads and writes in place."""
+        run = self.layers.bind(self.runs, [tensors[name] for name in self.names])
+        constant, places = self.constant, tuple(self.places)
+        if places == tuple(range(len(constant))):
+            return run
+
+        def step() -> list[Any]:
+            outputs = list(constant)
+            for place, value in zip(places, run(), strict=True):
+                outputs[place] = value
+            return outputs
+
+        return step
+
+
+def _compiled(part: fx.GraphModule, example: list[Tensor], how: str) -> Run:
+    """A part compiled, in the first of the ways that works."""
+    reasons = []
+    for way in {"aot": (compile_native, _inductor), "inductor": (_inductor,)}[how]:
+        try:
+            return way(part, example)
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {error}"[:300])
+    warnings.warn(
+        f"the step runs uncompiled, and slowly: {'; '.join(reasons)}", FlashinfWarning, stacklevel=2
+    )
+    return _uncompiled(part)
+
+
+def _inductor(part: fx.GraphModule, example: list[Tensor]) -> Run:
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(INDUCTOR), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch's own insides
+        function = compile_fx(part, example)
+        return lambda args: function(*args)
+
+
+def _uncompiled(part: fx.GraphModule) -> Run:
+    return lambda args: part(*args)
+
+
+def _written(module: fx.GraphModule) -> tuple[int, ...]:
+    """The places of the inputs that a graph writes to."""
+    targets = {node.args[0] for node in module.graph.nodes if is_write(node)}
+    inputs = (node for node in module.graph.nodes if node.op == "placeholder")
+    return tuple(i for i, node in enumerate(inputs) if node in targets)
+
+
+def _copy(value: Tensor) -> Tensor:
+    """The same contents and strides in memory of their own."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(
+        value
+    )
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
@@ -45,94 +234,3 @@ def _agree(a: Tensor, b: Tensor) -> bool:
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(a.dtype, 0.1)
     scale = float(a.abs().max())
     return bool(((a - b).abs() <= tolerance * max(scale, 1e-30)).all())
-
-
-class CompiledStep:
-    """A step program for one batch size, traced to an fx graph and compiled.
-
-    ``graph_module`` is the step graph: ATen operators on static shapes with the position as a tensor.
-    """
-
-    def __init__(self, step: StepProgram, tensors: Mapping[str, Tensor], how: str) -> None:
-        start = time.perf_counter()
-        self.names = tuple(tensors)
-        self.constant: list[Any] = []
-        self.places: list[int] = []
-
-        def flat(*args: Tensor) -> Sequence[Tensor]:
-            outputs = step(dict(zip(self.names, args, strict=True)))
-            self.places.clear()
-            self.constant = [None if isinstance(o, Tensor) else o for o in outputs]
-            self.places.extend(i for i, o in enumerate(outputs) if isinstance(o, Tensor))
-            return [o.clone() for o in outputs if isinstance(o, Tensor)]  # never a view of the state
-
-        example = [tensors[name] for name in self.names]
-        with torch.no_grad():
-            self.graph_module: fx.GraphModule = make_fx(
-                flat,
-                tracing_mode="fake",
-                decomposition_table={torch.ops.aten.linear.default: _small_linear},
-                pre_dispatch=True,
-            )(*example)
-        self._name_placeholders()
-        self.run = self.graph_module if how == "eager" else self._inductor(example)
-        if how != "eager" and not self._compiles_truly(example):
-            warnings.warn(
-                "the compiled step disagrees with its own graph; it runs uncompiled",
-                FlashinfWarning,
-                stacklevel=2,
-            )
-            self.run = self.graph_module
-        self.milliseconds = 1e3 * (time.perf_counter() - start)
-
-    def _name_placeholders(self) -> None:
-        """Give the step graph's inputs the names the step program knows them by."""
-        graph = self.graph_module.graph
-        graph.eliminate_dead_code()
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        for node, name in zip(placeholders, self.names, strict=True):
-            node._rename(name.replace(":", "_").replace(".", "_"))
-            node.target = node.name
-        self.graph_module.recompile()
-
-    def _inductor(self, example: list[Tensor]) -> Any:
-        from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx
-
-        with torch.no_grad(), config.patch(_INDUCTOR), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's own insides
-            return compile_fx(self.graph_module, example)
-
-    def _compiles_truly(self, example: list[Tensor]) -> bool:
-        """Whether the compiled step and its graph agree on outputs and on every tensor they write, over some steps.
-
-        A compiler that reorders writes to state is silent about it; three steps on random state are not.
-        """
-        generator = torch.Generator().manual_seed(5)
-        graph, compiled = ([t.detach().clone() for t in example] for _ in range(2))
-        for name, a, b in zip(self.names, graph, compiled, strict=True):
-            if name.startswith(_STATE) and a.is_floating_point():
-                a.copy_(torch.randn(a.shape, generator=generator, dtype=torch.float32))
-                b.copy_(a)
-            elif name in ("position", "local"):
-                a.zero_()
-                b.zero_()
-        with torch.no_grad():
-            for _ in range(_CHECKED_STEPS):
-                pairs = zip(self.graph_module(*graph), self.run(*compiled), strict=True)
-                if not all(_agree(a, b) for a, b in pairs):
-                    return False
-        return all(_agree(a, b) for a, b in zip(graph, compiled, strict=True))
-
-    def on(self, tensors: Mapping[str, Tensor]) -> Callable[[], list[Any]]:
-        """The step on one lane's tensors, which it reads and writes in place."""
-        run, constant, places = self.run, self.constant, tuple(self.places)
-        args = [tensors[name] for name in self.names]
-
-        def step() -> list[Any]:
-            outputs = list(constant)
-            for place, value in zip(places, run(*args), strict=True):
-                outputs[place] = value
-            return outputs
-
-        return step

@@ -12,7 +12,7 @@ from .errors import InputError
 _CHOICES = {
     "kernels": ("auto", "torch", "triton"),
     "fallback": ("inductor", "eager"),
-    "step": ("inductor", "eager"),
+    "step": ("auto", "aot", "inductor", "eager"),
 }
 
 
@@ -24,7 +24,8 @@ class Options:
     ``growth``: whether capacity doubles when it is used up. ``capacity``: positions to make room for at first.
     ``block``: the base block K, positions summed directly in the step before tiles take over.
     ``kernels``: what runs the convolutions, ``torch`` or ``triton`` (``auto``: Triton on a GPU).
-    ``step``: how a step runs, ``inductor`` or ``eager`` (no compiler, slow, for tests).
+    ``step``: how a step runs, ``aot`` (native libraries kept on disk), ``inductor`` or ``eager`` (no compiler, slow,
+    for tests); ``auto``: ``aot`` on the CPU, ``inductor`` elsewhere.
     ``fallback``: what runs a model that is refused under ``torch.compile``.
     ``memory_limit``: bytes of state all sessions of the transparent mode may hold together.
     """
@@ -34,7 +35,7 @@ class Options:
     capacity: int = 1024
     block: int = 32
     kernels: str = "auto"
-    step: str = "inductor"
+    step: str = "auto"
     fallback: str = "inductor"
     memory_limit: int = 4 << 30
 

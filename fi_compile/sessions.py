@@ -67,9 +67,9 @@ class Session:
 
     @property
     def inputs(self) -> Tensor:
-        """What was seen: [B, n(, D)]."""
+        """What was seen, [B, n(, D)]: to be read only, with the lock held."""
         if self.decoder is not None:
-            return self.decoder.inputs
+            return self.decoder.kept_inputs
         assert self._prompt is not None
         return self._prompt
 
@@ -97,10 +97,13 @@ class Session:
             continues = found.common == known.shape[1] or 2 * found.common >= length
         return found if continues and found.common else None
 
-    def advance(self, sequence: Tensor, match: Match) -> list[Any]:
-        """The outputs for ``sequence``, of which ``match.common`` positions are known."""
+    def advance(self, sequence: Tensor, match: Match, *, fresh: bool) -> list[Any]:
+        """The outputs for ``sequence``, of which ``match.common`` positions are known.
+
+        ``fresh``: whether the state is of the weights as they are, ``weights_unchanged``.
+        """
         decoder, length = self.decoder, sequence.shape[1]
-        if decoder is None or self._lost or not self.weights_unchanged:
+        if decoder is None or self._lost or not fresh:
             return self._rebuild(sequence)
         if match.index is not None and not self._reorder(match.index):
             return self._rebuild(sequence)
@@ -109,7 +112,7 @@ class Session:
             start -= 1
         newest: list[Any] = []
         if start < length:
-            if start < decoder.inputs.shape[1]:
+            if start < decoder.kept_inputs.shape[1]:
                 decoder.rewind(start)
                 self._truncate(start)
             may_compile = match.index is not None or decoder.capacity < length
@@ -152,7 +155,7 @@ class Session:
         for growing, rows in zip(self.outputs, flat, strict=True):
             if growing is not None:
                 growing.append(rows)
-        length = self.decoder.inputs.shape[1]
+        length = self.decoder.kept_inputs.shape[1]
         if length - self._weighed >= _WEIGH_EVERY:
             make_room(self, self.nbytes)
             self._weighed = length

@@ -33,6 +33,15 @@ def block_steps(kernels: str) -> Callable[..., Tensor]:
     return triton_form.block_step
 
 
+# What of the stack's channels a tensor of it has: inputs, outputs, or pairs of both.
+_CHANNELS: Mapping[str, Callable[[Convolution], int]] = {
+    "block_inputs": lambda mixer: mixer.layout_in.count,
+    "block_pending": lambda mixer: mixer.layout_out.count,
+    "block_table": lambda mixer: mixer.layout_out.count * mixer.fan_in,
+    "skip": lambda mixer: mixer.layout_out.count * mixer.fan_in,
+}
+
+
 @dataclass(frozen=True)
 class StepProgram:
     """A plan made executable: names for everything a step touches, and the step itself.
@@ -41,8 +50,9 @@ class StepProgram:
     sequence and in the base block; ``history:n`` all rows so far of node n; ``rows:n`` the current block's rows of
     table n, position-major; ``table:n`` a table or constant whole; ``ring:m``, ``source:m``, ``offset:m`` of mixer
     m and the weights its increment needs (``kernel:m``, …);
-    ``block_inputs``, ``block_pending``, ``block_table``, ``skip``, ``source`` of the stack. Histories are read
-    up to ``reach`` rows (None: all there are), which must exceed the position.
+    ``block_inputs:m``, ``block_pending:m``, ``block_table:m``, ``skip:m`` the channels of mixer m in the stack, or,
+    where one launch of a kernel serves them all, ``block_inputs`` … and ``source`` of the whole. Histories are
+    read up to ``reach`` rows (None: all there are), which must exceed the position.
     ``kernels``: what sums the base block, ``torch`` or ``triton``.
     """
 
@@ -68,6 +78,21 @@ class StepProgram:
         return tuple(
             m for m in self.mixers if isinstance(m, Convolution) and increment_of(m, self.capacity) is None
         )
+
+    def by_mixer(self, name: str, whole: Tensor) -> dict[str, Tensor]:
+        """A tensor of the whole stack, channels last, as the step reads it: a view for each mixer.
+
+        So that the layers of a model are the same program on other tensors. One launch of a Triton kernel serves all
+        layers: it reads the whole.
+        """
+        if self.kernels != "torch":
+            return {name: whole}
+        views, start = {}, 0
+        for mixer in self.stacked:
+            count = _CHANNELS[name](mixer)
+            views[f"{name}:{mixer.name}"] = whole.narrow(-1, start, count)
+            start += count
+        return views
 
     @cached_property
     def windows(self) -> Mapping[str, Increment]:
@@ -173,6 +198,18 @@ class _Run:
         return value if self.rewrite is not None else value.to(mixer.unit.exit.meta["val"].dtype)
 
     def stack(self, mixer: Convolution, x: Tensor) -> Tensor:
+        if self.step.kernels != "torch":
+            return self.stack_at_once(mixer, x)
+        inputs, pending, table, skip = (self.t[f"{name}:{mixer.name}"] for name in _CHANNELS)
+        source = self.t.get(f"source:{mixer.name}")
+        x = x.to(pending.dtype)
+        now = x if source is None else x.index_select(1, source)
+        terms = now * skip + block_sum(inputs, table, self.local, source)
+        value = torch.index_select(pending, 0, self.local)[0] + sum_pairs(terms, mixer.fan_in)
+        inputs.index_copy_(0, self.local, x.unsqueeze(0))
+        return value
+
+    def stack_at_once(self, mixer: Convolution, x: Tensor) -> Tensor:
         t = self.t
         if self.pending is None:
             block = t["block_inputs"], t["block_table"], self.local, t.get("source")

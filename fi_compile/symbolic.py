@@ -53,6 +53,14 @@ def _symbols(expr: sympy.Basic) -> tuple[Any, ...]:
     return tuple(sorted(expr.free_symbols, key=str))
 
 
+def evaluate(expr: Any, at: Mapping[Any, int]) -> int:
+    """``expr`` (sympy or number) at one value of each of its symbols."""
+    if not isinstance(expr, sympy.Basic):
+        return int(expr)
+    symbols = _symbols(expr)
+    return int(_compiled(expr, symbols)(*[at[s] for s in symbols]))
+
+
 def evaluate_at(expr: Any, at: Mapping[Any, Any], shape: tuple[int, ...]) -> np.ndarray:
     """``expr`` (sympy or number) at the given values of its symbols, broadcast to ``shape``.
 

@@ -184,7 +184,7 @@ def test_a_filter_that_ends_goes_on_as_zeros():
     [
         ({"blok": 8}, "unknown option 'blok'; did you mean 'block'"),
         ({"capasity": 8}, "did you mean 'capacity'"),
-        ({"step": "fast"}, "step='fast': expected one of inductor, eager"),
+        ({"step": "fast"}, "step='fast': expected one of auto, aot, inductor, eager"),
         ({"block": 0}, "block=0: expected a positive integer"),
         ({"capacity": 2.5}, "capacity=2.5: expected a positive integer"),
         ({"memory_limit": -1}, "memory_limit=-1: expected a positive integer"),
