@@ -50,10 +50,10 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     for trace_length in _trace_lengths(model, example, length):
         try:
             program = without_layout_holes(_trace_at(model, example, trace_length), model)
+            odd = disagreements(program, model)  # which a program whose tables end below its range cannot run
         except Exception as error:
             failures.append(error)
             continue
-        odd = disagreements(program, model)
         if not odd:
             trace = partial(_trace_at, model, example)
             if not same_between(program, trace, trace_length):
