@@ -117,7 +117,8 @@ class Schedule:
             unit *= self.radix
         digit, side = blocks // unit % self.radix, self.block * unit
         outputs = range(end, min(end + side, self.capacity))
-        return Tile(range(end - digit * side, end), outputs, side, digit < self.radix - 1)
+        reused = digit < self.radix - 1 and end + side < self.capacity
+        return Tile(range(end - digit * side, end), outputs, side, reused)
 
     def _deferred(self, end: int, blocks: int) -> Iterator[Tile]:
         """At each level that ends here: blocks at distance >= 2 of the next but one, whose parents are neighbours."""
@@ -129,7 +130,7 @@ class Schedule:
             target = blocks // unit + 1
             first = self._first_met(target)
             outputs = range(end + side, min(end + 2 * side, self.capacity))
-            reused = self._first_met(target + 1) < target - 1
+            reused = self._first_met(target + 1) < target - 1 and end + 2 * side < self.capacity
             yield Tile(range(self.origin + first * side, end), outputs, side, reused)
             unit *= self.radix
 
