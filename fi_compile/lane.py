@@ -72,7 +72,7 @@ class Lane:
         own = [t for name, t in self.tensors.items() if name not in self.derived.constants]
         held = sum(t.nbytes for t in own if t is not None)
         if self.conv is not None:
-            held += self.conv.history.nbytes + self.conv.pending.nbytes
+            held += self.conv.large_bytes
         return held
 
     @property
@@ -100,11 +100,15 @@ class Lane:
             outputs = run()
         self.position += 1
         self.highest = max(self.highest, self.position)
+        start = self.block_start
         if self.conv is not None:
             self.conv.advance()
-        if self.position - self.block_start == self.derived.block:
-            self._begin_block(self.position)
-            self.tensors["local"].zero_()
+            start = self.position - self.conv.local
+        elif self.position - start == self.derived.block:
+            start = self.position
+        if start != self.block_start:
+            self._begin_block(start)
+            self.tensors["local"].fill_(self.position - start)
         self.broken = False
         return outputs
 

@@ -147,7 +147,8 @@ class Schedule:
         """Check every pair (i, j), origin <= i <= j < capacity, against what `tiles_after` says.
 
         Each must be met exactly once, by a tile or in the step, not before input i exists and not after output
-        j was read; a deferred tile has as many steps as it has outputs. Raises ScheduleError naming the first pair that is not.
+        j was read; a deferred tile has as many steps as it has outputs. Raises ScheduleError naming the first
+        pair that is not.
         Takes O(capacity^2 / block) elementary operations in NumPy and O(capacity) memory.
         """
         _prove_timing(self)
@@ -172,6 +173,29 @@ class Schedule:
             unit *= self.radix
         return counts
 
+    def count_inputs(self) -> dict[int, int]:
+        """How many inputs the tiles of each side meet, all together."""
+        room, counts = self.capacity - self.origin, {}
+        for side, tiles in self.count_tiles().items():
+            if self.deferred:
+                counts[side] = side * sum(m - self._first_met(m + 1) for m in range(1, tiles + 1))
+            else:
+                # Tile m of its level meets m modulo the radix blocks.
+                whole, rest = divmod((room - 1) // side, self.radix)
+                counts[side] = side * (whole * self.radix * (self.radix - 1) + rest * (rest + 1)) // 2
+        return counts
+
+    def kept_blocks(self) -> dict[int, int]:
+        """How many blocks of inputs of each side are kept at once, at most, for tiles that come later."""
+        kept: dict[int, set[int]] = {}
+        most: dict[int, int] = {}
+        for tile in self:
+            starts = [start for start, _ in tile.blocks]
+            held = {start for start in kept.get(tile.side, ()) if start >= tile.inputs.start}
+            kept[tile.side] = held | set(starts if tile.reused else starts[:-1])
+            most[tile.side] = max(most.get(tile.side, 0), len(kept[tile.side]))
+        return {side: count for side, count in most.items() if count}
+
     def cost(self) -> sympy.Expr:
         """Floating-point operations for L = K·R^p positions of C channels: a formula in L, C, K.
 
@@ -189,9 +213,8 @@ class Schedule:
             f"{'side':>10} {'tiles':>10} {'inputs met':>12} {'of all pairs':>13}",
         ]
         pairs = tokens * (tokens + 1) // 2
-        tiled, met = (dict.fromkeys(self.count_tiles(), 0) for _ in range(2))
+        tiled, met = dict.fromkeys(self.count_tiles(), 0), self.count_inputs()
         for tile in self:
-            met[tile.side] += len(tile.inputs)
             tiled[tile.side] += len(tile.inputs) * len(tile.outputs)
         lines.append(_row("in step", tokens, tokens, pairs - sum(tiled.values()), pairs))
         for side, count in self.count_tiles().items():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_compile.kernels.block import block_sum
-from fi_compile.mixers import stack
+from fi_compile.mixers import bank as banks
 from fi_compile.mixers.stack import ConvState, FilterBank
 
 BATCH, CHANNELS = 2, 5
@@ -29,14 +29,24 @@ def make_bank(maps, capacity, block, radix, deferred, **more):
     source, index, target = (None if r is None else torch.tensor(r) for r in rows)
     filters = rand(CHANNELS if index is None else 3, 5000, seed=1)[:, :capacity]
     return FilterBank(
-        filters, source, index, target, channels_in=channels_in, block=block, radix=radix, deferred=deferred, **more
+        filters,
+        source,
+        index,
+        target,
+        channels_in=channels_in,
+        block=block,
+        radix=radix,
+        deferred=deferred,
+        **more,
     )
 
 
 def direct(bank, inputs):
     """The sums by their definition: [B, Cout, L]."""
     pairs = range(bank.skip.numel())
-    source, index, target = (r if r is not None else pairs for r in (bank.source, bank.filter_index, bank.target))
+    source, index, target = (
+        r if r is not None else pairs for r in (bank.source, bank.filter_index, bank.target)
+    )
     out = np.zeros((inputs.shape[0], bank.channels_out, inputs.shape[2]))
     filters = torch.nn.functional.pad(bank.filters, (0, max(0, inputs.shape[2] - bank.capacity))).numpy()
     for i, f, o in zip(source, index, target, strict=True):
@@ -95,7 +105,9 @@ def test_any_history_of_operations_is_exact(data, maps, tiling, block, capacity)
     bank = make_bank(maps, capacity, block, *tiling)
     state, inputs = ConvState(bank, BATCH), rand(BATCH, bank.channels_in, 2 * capacity)
     for seed in range(2, data.draw(st.integers(3, 8))):
-        kind = data.draw(st.sampled_from(["prompt", "rewind", "restart", "clone", "select", "flush", "grow", "step"]))
+        kind = data.draw(
+            st.sampled_from(["prompt", "rewind", "restart", "clone", "select", "flush", "grow", "step"])
+        )
         to, position = data.draw(st.integers(0, state.capacity)), state.position
         if kind == "prompt":
             inputs = rand(state.batch, bank.channels_in, 2 * capacity, seed=seed)
@@ -134,7 +146,7 @@ def test_sequences_without_an_end(radix, deferred):
 @pytest.mark.parametrize("radix", [2, 4])
 def test_work_is_spread_evenly_over_positions(radix, monkeypatch):
     """No position does more than 2.5 times the mean, where tiles at once would do hundreds of times as much."""
-    monkeypatch.setattr(stack, "_SMALLEST_PIECE", 64)
+    monkeypatch.setattr(banks, "_SMALLEST_PIECE", 64)
     channels, length, block = 256, 4096, 32
     bank = FilterBank(
         rand(channels, length).float(), channels_in=channels, block=block, radix=radix, deferred=True

@@ -39,7 +39,9 @@ class Flight:
         """Begin a tile; the one of the same side before it must have been finished."""
         side = work.tile.side
         if side in self._flying:
-            raise RuntimeError(f"tile {self._flying[side].work.tile} is under way and tile {work.tile} begins")
+            raise RuntimeError(
+                f"tile {self._flying[side].work.tile} is under way and tile {work.tile} begins"
+            )
         self._flying[side] = _Flying(work, work.total / side)
 
     def advance(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fi_compile.errors import InputError
 from fi_compile.kernels.channels import chunk_width, take, transform
 from fi_compile.kernels.tile import add_products, add_tile_direct, tile_cost, tile_spectrum
-from fi_compile.schedule import Tile
+from fi_compile.schedule import Schedule, Tile
 
 
 def choose_kernels(option: str, device: torch.device) -> str:
@@ -94,7 +94,9 @@ class TileWork:
         batch, inputs = history.shape[:2]
         side = tile.side
         self._missing = kept.reserve(tile, lambda: tiles.new_spectra(batch, inputs, side))
-        self._blocks = tile.blocks
+        (newest, self._distance), others = tile.blocks[-1], tile.blocks[:-1]
+        self._newest = kept.of(side, newest) if tile.reused else None
+        self._met = [(kept.of(side, start), distance) for start, distance in others]
         width = chunk_width(2 * side * batch, elements)
         # Floating-point operations a channel.
         self._transforming = batch * 5 * side * log2(2 * side)
@@ -119,20 +121,22 @@ class TileWork:
         self._kept.of(side, start)[:, first:last] = torch.fft.rfft(inputs, n=2 * side)
 
     def _combine(self, first: int) -> None:
-        tile, tiles, source = self.tile, self._tiles, self._tiles.maps[0]
-        side, pairs = tile.side, (first, min(first + self._width, self._pairs))
-        (start, distance), others = self._blocks[-1], self._blocks[:-1]
-        newest = tiles.spectra_of(side, distance, pairs)
-        if tile.reused:
-            product = take(self._kept.of(side, start), source, 1, *pairs) * newest
+        tile, source, target = self.tile, *self._tiles.maps[::2]
+        pairs = (first, min(first + self._width, self._pairs))
+        met = [(take(x, source, 1, *pairs), self._filters_of(d, pairs)) for x, d in self._met]
+        newest = self._filters_of(self._distance, pairs)
+        if self._newest is not None:
+            product = take(self._newest, source, 1, *pairs) * newest
         else:
-            inputs = self._history[:, :, start : start + side]
-            product = transform(inputs, source, 2 * side, *pairs).mul_(newest)
-        met = [
-            (take(self._kept.of(side, s), source, 1, *pairs), tiles.spectra_of(side, d, pairs))
-            for s, d in others
-        ]
-        add_products(self._outputs, product, met, side, pairs, tiles.maps[2])
+            inputs = self._history[:, :, tile.inputs.stop - tile.side : tile.inputs.stop]
+            product = transform(inputs, source, 2 * tile.side, *pairs).mul_(newest)
+        add_products(self._outputs, product, met, tile.side, pairs, target)
+
+    def _filters_of(self, distance: int, pairs: tuple[int, int]) -> Tensor:
+        side, tiles = self.tile.side, self._tiles
+        if tiles.meets_once(side, distance):
+            return tile_spectrum(tiles.filters[slice(*pairs)], side, distance)
+        return take(tiles.spectrum(side, distance), tiles.maps[1], 0, *pairs)
 
     def operations(self, index: int) -> float:
         """Floating-point operations of a piece, as `Schedule.cost` counts them."""
@@ -206,19 +210,30 @@ class TorchTiles:
         assert form == "direct"
         add_tile_direct(outputs, inputs, self.filters, *self.maps, tile.gap)
 
+    def meets_once(self, side: int, distance: int) -> bool:
+        """Whether one tile of a sequence at most meets these spectra, so that they are not worth keeping."""
+        return self.maps[1] is None and (distance + 1) * side >= self.filters.shape[1]
+
+    def prepare(self, schedule: Schedule) -> None:
+        """Make the spectra that a schedule's tiles meet."""
+        for side, distance in self._spectra_for(schedule):
+            self.spectrum(side, distance)
+
+    def predict_bytes(self, schedule: Schedule, batch: int, channels: int) -> tuple[int, int]:
+        """Bytes of the spectra that a whole schedule leaves: of the filters, and of the inputs of one state."""
+        value = self.filters.dtype.to_complex().itemsize
+        ours = sum(side + 1 for side, _ in self._spectra_for(schedule)) * len(self.filters) * value
+        by_transform = {tile.side for tile in schedule if self.form(tile) == "fft"}
+        kept = sum(n * (side + 1) for side, n in schedule.kept_blocks().items() if side in by_transform)
+        return ours, kept * batch * channels * value
+
+    def _spectra_for(self, schedule: Schedule) -> set[tuple[int, int]]:
+        met = {(tile.side, d) for tile in schedule if self.form(tile) == "fft" for _, d in tile.blocks}
+        return {place for place in met if not self.meets_once(*place)}
+
     def spectrum(self, side: int, distance: int = 1) -> Tensor:
         """The filters' spectra for blocks of `side` at a distance, complex [F, side + 1], made on first use."""
         return self._keep("fft", side, lambda f, s: tile_spectrum(f, s, distance), distance)
-
-    def spectra_of(self, side: int, distance: int, pairs: tuple[int, int]) -> Tensor:
-        """The filters' spectra of the pairs start ... stop, complex [stop - start, side + 1].
-
-        Those that only one tile of a sequence meets are computed anew rather than kept.
-        """
-        filter_index = self.maps[1]
-        if filter_index is None and (distance + 1) * side >= self.filters.shape[1]:
-            return tile_spectrum(self.filters[slice(*pairs)], side, distance)
-        return take(self.spectrum(side, distance), filter_index, 0, *pairs)
 
     def _keep(self, form: str, side: int, make: Callable[[Tensor, int], Tensor], distance: int = 1) -> Tensor:
         if (form, side, distance) not in self._made:
