@@ -136,7 +136,7 @@ def machine() -> str:
 def _read(file: Path) -> dict[str, Rates]:
     """Rates by number of threads; nothing, with a warning, where the file is not of this version and machine."""
     try:
-        text = file.read_text()
+        text = file.read_bytes()
     except OSError:
         return {}
     try:
@@ -146,7 +146,7 @@ def _read(file: Path) -> dict[str, Rates]:
         if content["machine"] != machine():
             raise ValueError(f"it was measured on {content['machine']}")
         return {threads: _checked(given) for threads, given in content["rates"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(
             f"the measured costs in {file} are ignored and measured anew: {type(error).__name__}: {error}",
             FlashinfWarning,

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decoding import decoder, gap, ids, language_model
 from fi_compile.kernels.block import block_sum
 from fi_compile.mixers import bank as banks
 from fi_compile.mixers.stack import ConvState, FilterBank
@@ -193,3 +194,49 @@ def test_spectra_that_one_tile_meets_are_not_kept():
     assert made == sum(16 * CHANNELS * (side + 1) for side in (32, 64, 128, 256))
     decode(state.clone(), inputs, 1024)
     assert bank.tiles.nbytes == made
+
+
+MIXED = ("fft_scale_on_filter", "short_conv1d_4")
+
+
+def steps(dec, model, sequence, first):
+    """Step through [B, L] from `first` on, which is where the decoder must be, against the model."""
+    assert dec.position.tolist() == [first] * sequence.shape[0]
+    with torch.no_grad():
+        rows = [dec.step(sequence[:, t]) for t in range(first, sequence.shape[1])]
+        assert gap(torch.stack(rows, 1), model(sequence)[:, first:]) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("options", "block"),
+    [({"latency": "bounded"}, 6), ({"radix": 4}, 2), ({"latency": "bounded", "radix": 2}, 8)],
+    ids=str,
+)
+def test_decoders_under_every_tiling(options, block):
+    """Prompt, growth, rewind to everywhere, forks, reordered rows and ragged prompts."""
+    model = language_model(*MIXED, width=4, l_max=256)
+    dec, sequence = decoder(model, ids(2, 9), capacity=16, block=block, **options), ids(2, 110)
+    dec.prefill(sequence[:, :5])
+    steps(dec, model, sequence, 5)
+    for position in (50, 65, 79):
+        copy = dec.fork()
+        dec.rewind(position)
+        other = torch.cat([sequence[:, :position], ids(2, 90 - position, seed=position)], 1)
+        steps(dec, model, other, position)
+        steps(copy, model, torch.cat([sequence, ids(2, 5, seed=position)], 1), sequence.shape[1])
+        sequence = other
+    dec.reorder([1, 1, 0])
+    sequence = torch.cat([sequence[[1, 1, 0]], ids(3, 30, seed=4)], 1)
+    steps(dec, model, sequence, 90)
+    dec.prefill(sequence[:, :40], lengths=[40, 7, 22])
+    for _ in range(30):
+        token = ids(3, 1, seed=int(dec.position[0]))[:, 0]
+        found = dec.step(token)
+    for row, length in enumerate((40, 7, 22)):
+        with torch.no_grad():
+            assert gap(found[row], model(dec.inputs[row : row + 1, : length + 30])[0, -1]) < 1e-10
+
+
+def test_bounded_latency_is_for_torchs_kernels():
+    with pytest.raises(ValueError, match="two equal blocks"):
+        make_bank("identity", 64, 5, 4, True)

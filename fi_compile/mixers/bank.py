@@ -16,7 +16,7 @@ from .pairs import count_pairs
 
 # Values below which a piece of a tile costs its calls, and operations per value of a piece, about.
 _SMALLEST_PIECE = 1 << 12
-_PIECE_OPERATIONS = 90
+_PIECE_OPERATIONS = 60
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

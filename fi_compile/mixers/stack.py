@@ -184,7 +184,12 @@ class ConvState:
         start = self._flushed
         if start < end:
             rows = self.block_inputs[start - self._block_start : end - self._block_start]
-            self.history[:, :, start:end] = rows.permute(1, 2, 0)
+            if self.history.stride(2) == 1:
+                # Transposed as one matrix, and only then spread over rows a capacity apart.
+                columns = rows.flatten(1).t().contiguous().view(*rows.shape[1:], end - start)
+            else:
+                columns = rows.permute(1, 2, 0)
+            self.history[:, :, start:end] = columns
             self._flushed = end
 
     @torch.no_grad()

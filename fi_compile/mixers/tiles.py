@@ -94,9 +94,12 @@ class TileWork:
         batch, inputs = history.shape[:2]
         side = tile.side
         self._missing = kept.reserve(tile, lambda: tiles.new_spectra(batch, inputs, side))
-        (newest, self._distance), others = tile.blocks[-1], tile.blocks[:-1]
-        self._newest = kept.of(side, newest) if tile.reused else None
-        self._met = [(kept.of(side, start), distance) for start, distance in others]
+        fresh = () if tile.reused else (tile.inputs.stop - side,)
+        # What is known of each block: the spectra of its inputs, None where only this tile needs them, and of filters.
+        self._met = [
+            (None if start in fresh else kept.of(side, start), self._filters(tiles, distance), distance)
+            for start, distance in tile.blocks
+        ]
         width = chunk_width(2 * side * batch, elements)
         # Floating-point operations a channel.
         self._transforming = batch * 5 * side * log2(2 * side)
@@ -120,23 +123,28 @@ class TileWork:
         inputs = self._history[:, first:last, start : start + side]
         self._kept.of(side, start)[:, first:last] = torch.fft.rfft(inputs, n=2 * side)
 
-    def _combine(self, first: int) -> None:
-        tile, source, target = self.tile, *self._tiles.maps[::2]
-        pairs = (first, min(first + self._width, self._pairs))
-        met = [(take(x, source, 1, *pairs), self._filters_of(d, pairs)) for x, d in self._met]
-        newest = self._filters_of(self._distance, pairs)
-        if self._newest is not None:
-            product = take(self._newest, source, 1, *pairs) * newest
-        else:
-            inputs = self._history[:, :, tile.inputs.stop - tile.side : tile.inputs.stop]
-            product = transform(inputs, source, 2 * tile.side, *pairs).mul_(newest)
-        add_products(self._outputs, product, met, tile.side, pairs, target)
+    def _filters(self, tiles: TorchTiles, distance: int) -> Tensor | None:
+        return (
+            None if tiles.meets_once(self.tile.side, distance) else tiles.spectrum(self.tile.side, distance)
+        )
 
-    def _filters_of(self, distance: int, pairs: tuple[int, int]) -> Tensor:
-        side, tiles = self.tile.side, self._tiles
-        if tiles.meets_once(side, distance):
-            return tile_spectrum(tiles.filters[slice(*pairs)], side, distance)
-        return take(tiles.spectrum(side, distance), tiles.maps[1], 0, *pairs)
+    def _combine(self, first: int) -> None:
+        side, (source, filter_index, target) = self.tile.side, self._tiles.maps
+        pairs = (first, min(first + self._width, self._pairs))
+        met = []
+        for inputs, filters, distance in self._met:
+            if inputs is None:
+                newest = self._history[:, :, self.tile.inputs.stop - side : self.tile.inputs.stop]
+                spectra = transform(newest, source, 2 * side, *pairs)
+            else:
+                spectra = take(inputs, source, 1, *pairs)
+            if filters is None:
+                met.append((spectra, tile_spectrum(self._tiles.filters[slice(*pairs)], side, distance)))
+            else:
+                met.append((spectra, take(filters, filter_index, 0, *pairs)))
+        spectra, filters = met.pop()
+        product = spectra.mul_(filters) if self._met[-1][0] is None else spectra * filters
+        add_products(self._outputs, product, met, side, pairs, target)
 
     def operations(self, index: int) -> float:
         """Floating-point operations of a piece, as `Schedule.cost` counts them."""
