@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log2
+from math import ceil, log2
 
 from .schedule import Schedule
+
+# Values below which a piece of a tile costs its calls, and operations per value of a piece, about.
+_SMALLEST_PIECE = 1 << 13
+_PIECE_OPERATIONS = 60
 
 RADICES = (2, 4, 8)
 BLOCKS = (16, 32, 64)
@@ -50,19 +54,28 @@ class Rates:
                 return values[i - 1] + part * (values[i] - values[i - 1])
         return values[0]
 
-    def seconds_per_token(self, schedule: Schedule, channels: int, rows: int, pieces: float = 0.0) -> float:
-        """All mixing of `channels`, a step summing `rows` rows, over the whole of a schedule.
-
-        pieces: how many a deferred tile is cut into for each of its positions.
-        """
+    def seconds_per_token(self, schedule: Schedule, channels: int, rows: int) -> float:
+        """All mixing of `channels`, a step summing `rows` rows, over the whole of a schedule."""
         tokens = max(1, schedule.capacity - schedule.origin)
-        counts = schedule.count_tiles()
-        blocks = schedule.count_inputs()
+        counts, inputs = schedule.count_tiles(), schedule.count_inputs()
         total = 0.0
         for side, count in counts.items():
-            total += count * min(self.tile_seconds(side, blocks[side] / side / count, channels).values())
-            total += count * self.piece * pieces * side
+            total += count * min(self.tile_seconds(side, inputs[side] / side / count, channels).values())
+            if schedule.radix > 2:  # spectra of inputs are kept
+                total += inputs[side] / schedule.radix * channels * self._at(self.block, side)
+            if schedule.deferred:
+                width = max(1, piece_elements(schedule, channels) // (2 * side))
+                total += count * self.piece * 2 * ceil(channels / width)
         return total / tokens + channels * (2 * self.load + rows * self.row)
+
+
+def piece_elements(schedule: Schedule, channels: int) -> int:
+    """Values of a transform that a piece of a deferred tile works on: about what a position does on average."""
+    side, operations = schedule.block, 0.0
+    while 2 * side < schedule.capacity:
+        operations += 10 * log2(2 * side) + 12 * (schedule.radix - 1)
+        side *= schedule.radix
+    return max(_SMALLEST_PIECE, int(channels * operations / _PIECE_OPERATIONS))
 
 
 BUILTIN = Rates(
@@ -118,8 +131,6 @@ def choose_tiling(
         radices = ((4,) if deferred else RADICES) if isinstance(radix, str) else (radix,)
         for base in radices:
             tiling = Tiling(even, base, deferred)
-            seconds = rates.seconds_per_token(
-                tiling.schedule(capacity), channels, even, 0.5 if deferred else 0.0
-            )
+            seconds = rates.seconds_per_token(tiling.schedule(capacity), channels, even)
             found.append(Tiling(even, base, deferred, seconds * (2 if double else 1)))
     return min(found, key=lambda tiling: tiling.seconds)

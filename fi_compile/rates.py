@@ -73,7 +73,7 @@ def _time_tile(data: Tensor, side: int, blocks: int) -> float:
     work = TileWork(tiles, tile, history, pending, kept)
     # By pieces: short enough to run undisturbed now and then on a machine that is busy.
     times = [_time(lambda piece=piece: work.run(piece)) for _ in range(5) for piece in range(work.count)]
-    return sorted(times)[len(times) // 5] * work.count / (_VALUES // 4)
+    return min(times) * work.count / (_VALUES // 4)
 
 
 def _time_direct() -> float:

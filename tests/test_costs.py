@@ -131,15 +131,18 @@ def test_this_machine_can_be_measured():
     assert all(0 < x < 1e-4 for x in (*found.tile, found.direct, found.load, found.row, found.piece))
 
 
-def test_seconds_are_counted_tile_by_tile():
-    schedule, channels = Schedule(32, 5000, 0, 4), 100
+@pytest.mark.parametrize("radix", [2, 4])
+def test_seconds_are_counted_tile_by_tile(radix):
+    schedule, channels = Schedule(32, 5000, 0, radix), 100
     expected = 0.0
     for tile in schedule:
-        options = BUILTIN.tile_seconds(tile.side, len(tile.blocks), channels)
-        expected += options["fft"]
+        expected += min(BUILTIN.tile_seconds(tile.side, len(tile.blocks), channels).values())
+        if radix > 2:
+            keeping = BUILTIN.tile_seconds(tile.side, 2, channels)["fft"]
+            keeping -= BUILTIN.tile_seconds(tile.side, 1, channels)["fft"]
+            expected += keeping * len(tile.blocks) / radix
     expected = expected / 5000 + channels * (2 * BUILTIN.load + 32 * BUILTIN.row)
-    found = BUILTIN.seconds_per_token(schedule, channels, 32)
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert BUILTIN.seconds_per_token(schedule, channels, 32) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("capacity", [1, 100, 4096, 65536])

@@ -171,13 +171,17 @@ def test_blocks_of_a_tile(schedule, data):
     """What is transformed together lies at whole distances, and is kept while later tiles meet it, not longer."""
     tiles = list(schedule)
     for tile in tiles:
-        assert [start for start, _ in tile.blocks] == list(range(tile.inputs.start, tile.inputs.stop, tile.side))
+        assert [start for start, _ in tile.blocks] == list(
+            range(tile.inputs.start, tile.inputs.stop, tile.side)
+        )
         assert all(start + distance * tile.side == tile.outputs.start for start, distance in tile.blocks)
         assert tile.gap == (tile.side if schedule.deferred else 0)
         assert len(tile.outputs) <= tile.side
     kept = schedule.kept_blocks()
     for place, tile in enumerate(tiles):
-        later = {start for other in tiles[place + 1 :] if other.side == tile.side for start, _ in other.blocks}
+        later = {
+            start for other in tiles[place + 1 :] if other.side == tile.side for start, _ in other.blocks
+        }
         assert tile.reused == (tile.blocks[-1][0] in later)
         assert len([start for start, _ in tile.blocks if start in later]) <= kept.get(tile.side, 0)
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decoding import decoder, gap, ids, language_model
+from fi_compile import costs
 from fi_compile.kernels.block import block_sum
-from fi_compile.mixers import bank as banks
 from fi_compile.mixers.stack import ConvState, FilterBank
 
 BATCH, CHANNELS = 2, 5
@@ -147,7 +147,7 @@ def test_sequences_without_an_end(radix, deferred):
 @pytest.mark.parametrize("radix", [2, 4])
 def test_work_is_spread_evenly_over_positions(radix, monkeypatch):
     """No position does more than 2.5 times the mean, where tiles at once would do hundreds of times as much."""
-    monkeypatch.setattr(banks, "_SMALLEST_PIECE", 64)
+    monkeypatch.setattr(costs, "_SMALLEST_PIECE", 64)
     channels, length, block = 256, 4096, 32
     bank = FilterBank(
         rand(channels, length).float(), channels_in=channels, block=block, radix=radix, deferred=True

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from math import log2
-
 import torch
 from torch import Tensor
 
+from fi_compile.costs import piece_elements
 from fi_compile.kernels.block import block_table
 from fi_compile.kernels.prefix import write_prefix
 from fi_compile.mixers.tiles import TILES, KeptSpectra, TileWork
 from fi_compile.schedule import SLACK, Schedule, Tile
 
 from .pairs import count_pairs
-
-# Values below which a piece of a tile costs its calls, and operations per value of a piece, about.
-_SMALLEST_PIECE = 1 << 12
-_PIECE_OPERATIONS = 60
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -121,14 +116,6 @@ class FilterBank:
         """Whether inputs and what is pending of outputs can share memory: each channel has one of both."""
         return self.source is None and self.target is None and self.channels_in == self.channels_out
 
-    def piece(self, batch: int) -> int:
-        """Values of a transform that a piece of a deferred tile works on: about half of a position's work."""
-        channels, side, work = self.channels_out * batch, self.hop, 0.0
-        while 2 * side < self.capacity:
-            work += 10 * log2(2 * side) + 12 * (self.radix - 1)
-            side *= self.radix
-        return max(_SMALLEST_PIECE, int(channels * work / _PIECE_OPERATIONS))
-
     @property
     def nbytes(self) -> int:
         """Bytes of filters, tables and what the tiles have made of them so far."""
@@ -160,7 +147,8 @@ class FilterBank:
 
     def begin_tile(self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra) -> TileWork:
         """The same in pieces, none of which has run yet."""
-        return TileWork(self.tiles, tile, history, pending, kept, self.piece(history.shape[0]))
+        elements = piece_elements(self.schedule(0), self.channels_out * history.shape[0])
+        return TileWork(self.tiles, tile, history, pending, kept, elements)
 
     def write_prefix(self, history: Tensor, pending: Tensor, length: int) -> None:
         """Make pending[..., length:] what the first `length` inputs contribute, and no more."""

@@ -19,6 +19,10 @@ from .tiles import KeptSpectra
 __all__ = ["ConvState", "FilterBank", "state_dtype"]
 
 
+# Values from which on transposing a matrix is faster than writing columns.
+_MATRIX = 1 << 15
+
+
 class ConvState:
     """What a stack keeps of `batch` sequences in lockstep.
 
@@ -184,7 +188,7 @@ class ConvState:
         start = self._flushed
         if start < end:
             rows = self.block_inputs[start - self._block_start : end - self._block_start]
-            if self.history.stride(2) == 1:
+            if self.history.stride(2) == 1 and rows.numel() >= _MATRIX:
                 # Transposed as one matrix, and only then spread over rows a capacity apart.
                 columns = rows.flatten(1).t().contiguous().view(*rows.shape[1:], end - start)
             else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fi_compile.errors import InputError
 from fi_compile.kernels.channels import chunk_width, take, transform
-from fi_compile.kernels.tile import add_products, add_tile_direct, tile_cost, tile_spectrum
+from fi_compile.kernels.tile import add_products, add_tile_direct, add_tile_fft, tile_cost, tile_spectrum
 from fi_compile.schedule import Schedule, Tile
 
 
@@ -124,9 +124,8 @@ class TileWork:
         self._kept.of(side, start)[:, first:last] = torch.fft.rfft(inputs, n=2 * side)
 
     def _filters(self, tiles: TorchTiles, distance: int) -> Tensor | None:
-        return (
-            None if tiles.meets_once(self.tile.side, distance) else tiles.spectrum(self.tile.side, distance)
-        )
+        once = tiles.meets_once(self.tile.side, distance)
+        return None if once else tiles.spectrum(self.tile.side, distance)
 
     def _combine(self, first: int) -> None:
         side, (source, filter_index, target) = self.tile.side, self._tiles.maps
@@ -205,14 +204,17 @@ class TorchTiles:
 
     def add(self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra) -> None:
         """Add to pending what a tile's inputs in history contribute."""
-        form = self.form(tile)
-        if form == "fft":
+        form, alone = self.form(tile), not tile.reused and len(tile.inputs) == tile.side
+        inputs = history[:, :, tile.inputs.start : tile.inputs.stop]
+        outputs = pending[:, :, tile.outputs.start : tile.outputs.stop]
+        if form != "fft":
+            self._run(form, tile, outputs, inputs)
+        elif alone and not self.meets_once(tile.side, distance := 1 + tile.gap // tile.side):
+            add_tile_fft(outputs, inputs, self.spectrum(tile.side, distance), *self.maps)
+        else:
             work = TileWork(self, tile, history, pending, kept)
             for piece in range(work.count):
                 work.run(piece)
-        else:
-            inputs = history[:, :, tile.inputs.start : tile.inputs.stop]
-            self._run(form, tile, pending[:, :, tile.outputs.start : tile.outputs.stop], inputs)
 
     def _run(self, form: str, tile: Tile, outputs: Tensor, inputs: Tensor) -> None:
         assert form == "direct"
