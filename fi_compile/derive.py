@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .costs import BUILTIN, Tiling, choose_tiling
 from .mixers.convolution import Convolution
 from .mixers.stack import FilterBank
+from .options import Options
 from .program import Program, Rewrite
+from .rates import rates_of_machine
 from .schedule import window_size
 from .step import StepProgram
 from .twin import widen
@@ -30,7 +33,7 @@ class Derived:
     step: StepProgram
     values: Mapping[str, Tensor] = field(repr=False)
     dtype: torch.dtype
-    block: int
+    tiling: Tiling
     bank: FilterBank | None
     constants: Mapping[str, Tensor] = field(repr=False)
     tables: Mapping[str, Tensor] = field(repr=False)
@@ -41,6 +44,11 @@ class Derived:
     def capacity(self) -> int:
         """Positions the filters and tables reach."""
         return self.step.capacity
+
+    @property
+    def block(self) -> int:
+        """Rows of tables and of the base block's buffers."""
+        return self.tiling.block
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +63,7 @@ def derive(
     filters: Mapping[str, Any],
     *,
     dtype: torch.dtype,
-    block: int,
+    tiling: Tiling,
     batch: int,
     rewrite: Rewrite | None = None,
     kernels: str = "torch",
@@ -88,17 +96,37 @@ def derive(
             else:
                 tables[f"offset:{mixer.name}"] = reference["offset"].t().contiguous()
         references[mixer.name] = reference
-    bank = _bank(step, filters, dtype, block, kernels)
+    bank = _bank(step, filters, dtype, tiling, kernels)
     if bank is not None:
         constants |= step.by_mixer("block_table", bank.block_table) | step.by_mixer("skip", bank.skip)
         if bank.source is not None and step.kernels != "torch":
             constants["source"] = bank.source
     _add_tables(step, values, batch, rewrite, constants, tables)
-    return Derived(step, values, dtype, block, bank, constants, tables, references, rewrite is not None)
+    return Derived(step, values, dtype, tiling, bank, constants, tables, references, rewrite is not None)
+
+
+def tile_step(
+    step: StepProgram, options: Options, *, device: torch.device, dtype: torch.dtype, block: int | None
+) -> Tiling:
+    """The tiling of a step's long convolutions that its options and, where they leave a choice, costs say.
+
+    ``block``: the base block where it is settled. The machine is measured for models on the CPU alone.
+    """
+    channels = sum(m.layout_out.count * m.fan_in for m in step.stacked)
+    measured = channels and device.type == "cpu" and "auto" in (options.block, options.radix)
+    return choose_tiling(
+        rates_of_machine() if measured else BUILTIN,
+        step.capacity,
+        channels,
+        block=options.block if block is None else block,
+        radix=options.radix if step.kernels == "torch" else 2,
+        latency=options.latency,
+        double=dtype == torch.float64,
+    )
 
 
 def _bank(
-    step: StepProgram, filters: Mapping[str, Any], dtype: torch.dtype, block: int, kernels: str
+    step: StepProgram, filters: Mapping[str, Any], dtype: torch.dtype, tiling: Tiling, kernels: str
 ) -> FilterBank | None:
     if not step.stacked:
         return None
@@ -113,12 +141,20 @@ def _bank(
     source = None if all(m.gather is None for m in step.stacked) else torch.cat(sources)
     target = None if all(m.fan_in == 1 for m in step.stacked) else torch.cat(targets)
     reach = max(m.room for m in step.stacked) if all(m.ends for m in step.stacked) else None
-    if reach is not None and window_size(reach, block) <= step.capacity // 2:
-        stacked = stacked[:, : window_size(reach, block)]
+    if reach is not None and window_size(reach, tiling.block) <= step.capacity // 2:
+        stacked = stacked[:, : window_size(reach, tiling.block)]
     else:
         reach = None
     return FilterBank(
-        stacked, source, target=target, channels_in=channels_in, block=block, reach=reach, kernels=kernels
+        stacked,
+        source,
+        target=target,
+        channels_in=channels_in,
+        block=tiling.block,
+        reach=reach,
+        kernels=kernels,
+        radix=tiling.radix,
+        deferred=tiling.deferred,
     )
 
 

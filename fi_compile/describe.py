@@ -11,7 +11,6 @@ from .lane import Lane
 from .mixers.increments import weights_of
 from .program import source_of
 from .report import MixerReport, Report, Snapshot
-from .schedule import Schedule
 from .text import graph_text
 from .units import Unit
 
@@ -37,7 +36,9 @@ def describe(engine: Engine) -> Report:
         verdict=engine.verdict,
         mixers=tuple(_mixer(engine, unit) for unit in looking_back),
         snapshots=(*engine.snapshots, split),
-        schedule=Schedule(engine.options.block, derived.bank.capacity) if derived.bank is not None else None,
+        schedule=derived.bank.schedule(0) if derived.bank is not None else None,
+        tiling=derived.tiling if derived.bank is not None else None,
+        bytes_of_mixing=derived.bank.predict_bytes() if derived.bank is not None else {},
         certificate=tuple(engine.proof.steps),
         state_bytes=Lane(derived, 1).state_bytes,
         capacity=engine.capacity,

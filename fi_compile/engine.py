@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .compare import disagreements
-from .derive import Derived, derive
+from .costs import Tiling
+from .derive import Derived, derive, tile_step
 from .describe import describe
-from .errors import CapacityError, Refusal, Unsupported
+from .errors import CapacityError, InputError, Refusal, Unsupported
 from .falsify import check_step
 from .lane import Lane
 from .lower import CompiledStep
@@ -77,6 +78,9 @@ class Engine:
         program, self._dropped = with_taps(program)
         self.program = with_masks(program)
         self.kernels = choose_kernels(options.kernels, program.example.device)
+        if self.kernels != "torch" and options.latency == "bounded":
+            raise InputError("option latency='bounded' needs kernels='torch': Triton's tiles run at once")
+        self._block: int | None = None  # the base block, once it is chosen
         self._reach: int | None = None  # positions at which the tables end, once that was met
         self._reached = 0
         self.capacity = self._admitted(self._within_tables(capacity or self._first_capacity()))
@@ -104,7 +108,8 @@ class Engine:
         self._check_outputs()
         self.analysis = self.analysis.restricted(self.proof.proved)
         self.plan: Plan = self._timed("analyse", self._plan, program=self.program, rewrites=0)
-        check_step(self.analysis, self.plan)
+        tiling = Tiling(4, 2, True) if self.options.latency == "bounded" else Tiling(5)
+        check_step(self.analysis, self.plan, tiling)
         derived = self._timed("derive", lambda: self.derived(1), rewrites=0)
         self._timed(
             "raise",
@@ -415,12 +420,16 @@ class Engine:
         if key not in self._derived:
             self._prove_up_to(capacity)
             step = StepProgram(self.program, self.plan, capacity, kernels=self.kernels)
+            tiling = tile_step(
+                step, self.options, device=self.program.example.device, dtype=self.dtype, block=self._block
+            )
+            self._block = tiling.block  # compiled steps know it
             self._derived[key] = derive(
                 step,
                 dict(self.program.values),
                 {mixer.name: self._filter(mixer, capacity) for mixer in step.mixers},
                 dtype=self.dtype,
-                block=self.options.block,
+                tiling=tiling,
                 batch=batch,
                 kernels=self.kernels,
             )

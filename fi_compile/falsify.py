@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .costs import Tiling
 from .derive import derive
 from .errors import Refusal, Unsupported
 from .lane import Lane
@@ -17,8 +18,8 @@ from .twin import widen_call
 from .units import Plan, take_row
 
 
-def check_step(analysis: Consistency, plan: Plan) -> None:
-    """Decode the sampled sequence in double precision and compare every output at every position.
+def check_step(analysis: Consistency, plan: Plan, tiling: Tiling) -> None:
+    """Decode the sampled sequence in double precision, tiled so, and compare every output at every position.
 
     Raises :class:`Unsupported` when the step program does not reproduce the model.
     """
@@ -30,7 +31,7 @@ def check_step(analysis: Consistency, plan: Plan) -> None:
         analysis.parameters,
         {mixer.name: mixer.derive(analysis.parameters, n) for mixer in step.mixers},
         dtype=torch.float64,
-        block=5,
+        tiling=tiling,
         batch=sequence.shape[0],
         rewrite=widen_call,
     )

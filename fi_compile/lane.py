@@ -76,7 +76,7 @@ class Lane:
         own = [t for name, t in self.tensors.items() if name not in self.derived.constants]
         held = sum(t.nbytes for t in own if t is not None)
         if self.conv is not None:
-            held += self.conv.history.nbytes + self.conv.pending.nbytes
+            held += self.conv.large_bytes
         return held
 
     @property
@@ -111,13 +111,17 @@ class Lane:
             outputs = run()
         self.position += 1
         self.highest = max(self.highest, self.position)
+        start = self.block_start
         if self.conv is not None:
             self.conv.advance()
+            start = self.position - self.conv.local
+        elif self.position - start == self.derived.block:
+            start = self.position
         for name, product in self._products:
             product.advance(self.tensors[name], self.position)
-        if self.position - self.block_start == self.derived.block:
-            self._begin_block(self.position)
-            self.tensors["local"].zero_()
+        if start != self.block_start:
+            self._begin_block(start)
+            self.tensors["local"].fill_(self.position - start)
         self.broken = False
         return outputs
 

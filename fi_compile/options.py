@@ -13,7 +13,11 @@ _CHOICES = {
     "kernels": ("auto", "torch", "triton"),
     "fallback": ("inductor", "eager"),
     "step": ("auto", "aot", "inductor", "eager"),
+    "latency": ("throughput", "bounded"),
 }
+
+_INTEGERS = {"capacity": 1, "block": 1, "radix": 2, "memory_limit": 1, "max_length": 1}
+_AUTOMATIC = ("block", "radix")
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,9 @@ class Options:
 
     ``max_length``: most positions a sequence may have (None: what the model's guards admit, growing).
     ``growth``: whether capacity doubles when it is used up. ``capacity``: positions to make room for at first.
-    ``block``: the base block K, positions summed directly in the step before tiles take over.
+    ``block``: the base block K, positions summed directly in the step before tiles take over; ``auto``: by cost.
+    ``radix``: how many blocks of one size make a block of the next, 2 or more; ``auto``: by cost.
+    ``latency``: ``throughput``, or ``bounded``: every step does its share of the tiles, so that none takes long.
     ``kernels``: what runs the convolutions, ``torch`` or ``triton`` (``auto``: Triton on a GPU).
     ``step``: how a step runs, ``aot`` (native libraries kept on disk), ``inductor`` or ``eager`` (no compiler, slow,
     for tests); ``auto``: ``aot`` on the CPU, ``inductor`` elsewhere.
@@ -33,7 +39,9 @@ class Options:
     max_length: int | None = None
     growth: bool = True
     capacity: int = 1024
-    block: int = 32
+    block: int | str = "auto"
+    radix: int | str = "auto"
+    latency: str = "throughput"
     kernels: str = "auto"
     step: str = "auto"
     fallback: str = "inductor"
@@ -44,10 +52,14 @@ class Options:
             value = getattr(self, name)
             if value not in allowed:
                 raise InputError(f"option {name}={value!r}: expected one of {', '.join(allowed)}")
-        for name in ("capacity", "block", "memory_limit", "max_length"):
+        for name, least in _INTEGERS.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"option {name}={value!r}: expected a positive integer")
+            if value is None or (name in _AUTOMATIC and value == "auto"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                wanted = "a positive integer" if least == 1 else f"an integer of {least} or more"
+                other = " or 'auto'" if name in _AUTOMATIC else ""
+                raise InputError(f"option {name}={value!r}: expected {wanted}{other}")
 
 
 def read_options(given: Mapping[str, Any] | Options | None, **overrides: Any) -> Options:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
 
+from .costs import Tiling
 from .errors import Refusal
 from .schedule import Schedule
 
@@ -68,13 +69,19 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything known about one compilation; ``print(report)`` shows it."""
+    """Everything known about one compilation; ``print(report)`` shows it.
+
+    ``tiling``: what was chosen for the long convolutions and the seconds a token it is predicted to take.
+    ``bytes_of_mixing``: what they keep for one sequence at the capacity, and of their filters, by what it is.
+    """
 
     verdict: str  # proved, numerically bounded or refused
     mixers: tuple[MixerReport, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     snapshots: tuple[Snapshot, ...] = ()
     schedule: Schedule | None = None
+    tiling: Tiling | None = None
+    bytes_of_mixing: Mapping[str, int] = field(default_factory=dict)
     certificate: tuple[Any, ...] = field(default=(), repr=False)
     state_bytes: int = 0
     capacity: int = 0
@@ -96,6 +103,8 @@ class Report:
             parts.append(
                 "schedule\n"
                 + _indent(f"{self.schedule}\ncost: {self.schedule.cost()} (L positions, C channels)")
+                + _indent(f"\nchosen: {self.tiling}")
+                + _indent("\nbytes: " + ", ".join(f"{n:,} {of}" for of, n in self.bytes_of_mixing.items()))
             )
         if self.capacity:
             parts.append(f"state: {self.state_bytes:,} bytes a sequence at {self.capacity:,} positions")
@@ -111,7 +120,7 @@ def _model_is_gone(sequence: Tensor) -> Any:
 
 
 def _indent(text: str) -> str:
-    return "\n".join("  " + line for line in text.splitlines())
+    return "\n".join(line and "  " + line for line in text.splitlines())
 
 
 # -- the newest report -------------------------------------------------------------------------------------

@@ -22,9 +22,14 @@ def take(rows: Tensor, index: Tensor | None, dim: int, start: int, stop: int) ->
     return rows.index_select(dim, index[start:stop])
 
 
+def chunk_width(elements: int, quantum: int | None = None) -> int:
+    """How many channels of `elements` are worth about `quantum` elements, QUANTUM where it is None."""
+    return max(1, (QUANTUM if quantum is None else quantum) // max(1, elements))
+
+
 def chunks(channels: int, elements: int) -> Iterator[tuple[int, int]]:
     """Ranges of channels, each worth about QUANTUM elements where a channel has `elements`."""
-    width = max(1, QUANTUM // max(1, elements))
+    width = chunk_width(elements)
     for start in range(0, channels, width):
         yield start, min(start + width, channels)
 

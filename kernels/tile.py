@@ -1,12 +1,17 @@
-"""A tile: what U inputs contribute to the V <= U outputs that follow them, all channels at once.
+"""A tile: what U inputs contribute to V later outputs, all channels at once.
 
-`out[s] = sum over k < U of y[k] · rho[U + s - k]`, s < V, which reads the lags 1 ... U + V - 1.
-Source: Flash Inference (arXiv 2410.12982), algorithm 2; docs/algorithms.md.
+`out[s] = sum over k < U of y[k] · rho[U + g + s - k]`, s < V, with a gap of g positions between inputs and outputs,
+which reads the lags 1 + g ... U + g + V - 1. Source: Flash Inference (arXiv 2410.12982), algorithm 2;
+docs/algorithms.md.
 
-In all forms: inputs [B, Cin, U], filters [F, T] with T >= U + V, outputs [B, Cout, V], of one dtype,
+In all forms: inputs [B, Cin, U], filters [F, T] with T >= U + g + V, outputs [B, Cout, V], of one dtype,
 float32 or float64; source, filter_index, target: int64 [pairs] or None (see `channels`).
+
+By transforms the inputs are blocks of S >= V positions; the block that begins d·S positions before the outputs
+meets the lags (d - 1)·S + 1 ... (d + 1)·S - 1, and products are summed before the one inverse transform.
 """
 
+from collections.abc import Sequence
 from math import log2
 
 import torch
@@ -22,14 +27,17 @@ def tile_reference(
     source: Tensor | None = None,
     filter_index: Tensor | None = None,
     target: Tensor | None = None,
+    gap: int = 0,
 ) -> Tensor:
     """The definition: a product with the Toeplitz matrix of each filter. Returns [B, Cout, V]."""
     side = inputs.shape[-1]
-    if filters.shape[-1] < side + length:
+    reads = side + gap + length
+    if filters.shape[-1] < reads:
         raise ValueError(
-            f"a tile of {side} inputs and {length} outputs reads {side + length} lags; "
+            f"a tile of {side} inputs and {length} outputs reads {reads} lags; "
             f"the filters have {filters.shape[-1]}"
         )
+    filters = filters[:, gap:]
     s = torch.arange(length, device=inputs.device)
     k = torch.arange(side, device=inputs.device)
     toeplitz = filters[:, side + s[:, None] - k[None, :]]
@@ -47,13 +55,14 @@ def add_tile_direct(
     source: Tensor | None = None,
     filter_index: Tensor | None = None,
     target: Tensor | None = None,
+    gap: int = 0,
 ) -> None:
     """Add the tile to `outputs` by batched matrix products: for small U·V."""
     batch, _, length = outputs.shape
     side = inputs.shape[-1]
     channels = _pairs(outputs, target)
-    # With reversed inputs the Toeplitz matrix becomes the Hankel matrix rho[1 + s + k], a view.
-    hankel = filters[:, 1 : side + length].unfold(-1, side, 1)
+    # With reversed inputs the Toeplitz matrix becomes the Hankel matrix rho[1 + g + s + k], a view.
+    hankel = filters[:, 1 + gap : side + gap + length].unfold(-1, side, 1)
     backwards = inputs.flip(-1)
     for start, stop in chunks(channels, side * (length + batch)):
         weights = take(hankel, filter_index, 0, start, stop)
@@ -62,12 +71,34 @@ def add_tile_direct(
         outputs[:, where] += sums
 
 
-def tile_spectrum(filters: Tensor, side: int) -> Tensor:
-    """The spectrum of lags 0 ... 2U - 1 that `add_tile_fft` wants: complex [F, U + 1].
+def tile_spectrum(filters: Tensor, side: int, distance: int = 1) -> Tensor:
+    """The spectrum of lags (d - 1)·S ... (d + 1)·S - 1 for a block at distance d: complex [F, S + 1].
 
     Lags beyond the filters' end count as zero.
     """
-    return torch.fft.rfft(filters[:, : 2 * side], n=2 * side)
+    return torch.fft.rfft(filters[:, (distance - 1) * side : (distance + 1) * side], n=2 * side)
+
+
+def add_products(
+    outputs: Tensor,
+    product: Tensor,
+    others: Sequence[tuple[Tensor, Tensor]],
+    side: int,
+    pairs: tuple[int, int],
+    target: Tensor | None = None,
+) -> None:
+    """Add to `outputs` what blocks contribute to the pairs start ... stop, by one inverse transform.
+
+    product: complex [B, stop - start, S + 1], of one block, overwritten. others: for each other block the spectra of
+    its inputs, as large, and of the filters [stop - start, S + 1]. Of a cyclic convolution of length 2S the upper
+    half is exact; the wraparound falls on the lower half.
+    """
+    length = outputs.shape[-1]
+    for inputs, spectrum in others:
+        product.addcmul_(inputs, spectrum)
+    product, where = gathered(product, target, *pairs)
+    cyclic = torch.fft.irfft(product, n=2 * side)
+    outputs[:, where] += cyclic[..., side : side + length]
 
 
 def add_tile_fft(
@@ -78,18 +109,12 @@ def add_tile_fft(
     filter_index: Tensor | None = None,
     target: Tensor | None = None,
 ) -> None:
-    """Add the tile to `outputs` by cyclic convolutions of length 2U with `tile_spectrum`.
-
-    Of such a convolution the upper half is exact; the wraparound falls on the lower half.
-    """
-    batch, _, length = outputs.shape
+    """Add to `outputs` the tile of one block by cyclic convolutions of length 2U with `tile_spectrum`."""
     side = inputs.shape[-1]
-    for start, stop in chunks(_pairs(outputs, target), 2 * side * batch):
-        product = transform(inputs, source, 2 * side, start, stop)
-        product *= take(spectrum, filter_index, 0, start, stop)
-        product, where = gathered(product, target, start, stop)
-        cyclic = torch.fft.irfft(product, n=2 * side)
-        outputs[:, where] += cyclic[..., side : side + length]
+    for pairs in chunks(_pairs(outputs, target), 2 * side * outputs.shape[0]):
+        product = transform(inputs, source, 2 * side, *pairs)
+        product *= take(spectrum, filter_index, 0, *pairs)
+        add_products(outputs, product, (), side, pairs, target)
 
 
 def _pairs(outputs: Tensor, target: Tensor | None) -> int:

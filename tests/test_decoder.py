@@ -706,9 +706,18 @@ def test_an_interrupted_copy_loses_nothing(what, monkeypatch):
 @pytest.mark.parametrize("prompt", [0, 13])
 @pytest.mark.parametrize("width", [4, 6])
 @pytest.mark.parametrize("mixers", [("gated",), ("hyena_3", "series_gated", "short_conv1d_4")])
-def test_tiles_follow_the_schedule_whatever_the_depth_and_width(prompt, width, mixers):
+@pytest.mark.parametrize(
+    ("options", "tiling"),
+    [
+        ({"radix": 2}, (BLOCK, 2, False)),
+        ({"radix": 4}, (BLOCK, 4, False)),
+        ({"radix": 4, "latency": "bounded"}, (BLOCK // 2, 4, True)),
+    ],
+    ids=["dyadic", "radix 4", "bounded"],
+)
+def test_tiles_follow_the_schedule_whatever_the_depth_and_width(prompt, width, mixers, options, tiling):
     model = language_model(*mixers, width=width, l_max=MOST)
-    dec = decoder(model, ids(2, 9), max_length=200, block=BLOCK)
+    dec = decoder(model, ids(2, 9), max_length=200, block=BLOCK, **options)
     if prompt:
         dec.prefill(ids(2, prompt))
     (conv,) = [lane.conv for lane in lanes(dec)]
@@ -717,7 +726,8 @@ def test_tiles_follow_the_schedule_whatever_the_depth_and_width(prompt, width, m
     for token in ids(2, 200 - prompt).T:
         dec.step(token)
         counts.append(dict(conv.tiles_run))
-    schedule = Schedule(BLOCK, 200, prompt)
+    block, radix, deferred = tiling
+    schedule = Schedule(block, 200, prompt, radix, deferred)
     assert counts == [schedule.count_tiles(n + 1) for n in range(200 - prompt)]
     assert conv.positions_tiled == sum(side * n for side, n in counts[-1].items())
 

@@ -218,10 +218,10 @@ class InterruptedBank(FilterBank):
 
     interrupt: str | None = None
 
-    def add_tile(self, tile, history, pending):
+    def add_tile(self, tile, history, pending, kept):
         if self.interrupt == "before":
             raise KeyboardInterrupt
-        super().add_tile(tile, history, pending)
+        super().add_tile(tile, history, pending, kept)
         if self.interrupt == "after":
             raise KeyboardInterrupt
 

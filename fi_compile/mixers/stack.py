@@ -12,115 +12,25 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from fi_compile.kernels.block import block_table
-from fi_compile.kernels.prefix import write_prefix
-from fi_compile.mixers.tiles import TILES
-from fi_compile.schedule import SLACK, Schedule, Tile
+from .bank import FilterBank, state_dtype
+from .flight import Flight
+from .tiles import KeptSpectra
 
-from .pairs import count_pairs
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a model of `dtype` keeps its state: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+__all__ = ["ConvState", "FilterBank", "state_dtype"]
 
 
-class FilterBank:
-    """The filters of a stack at one capacity: immutable, a copy of what it was given.
-
-    filters: [F, capacity], float32 or float64, lag 0 first. source: int64 [Cout], the input channel
-    of each output channel; None where they are the same. filter_index: int64 [Cout], the filter of
-    each output channel; None where each has its own. block: the base block K. target: int64 [P], ascending, where
-    output channels read several inputs each: `source` and `filter_index` then count pairs, and pair p belongs to
-    output channel `target[p]`; None where a pair is an output channel. kernels: `torch` or `triton`, what
-    runs the tiles (see `tiles`).
-
-    reach: the number of lags from the first to the last that is not zero, where a sequence may go on beyond the
-    capacity; None where it ends there. A state then drops inputs that no filter reaches any more, and keeps
-    capacity // 2 >= reach + SLACK - 1 at least.
-
-    block_table [2K, P] is what `kernels.block.block_sum` reads; skip [P] is lag 0. Raises
-    ValueError for shapes, indices or dtypes that do not fit together.
-    """
-
-    def __init__(
-        self,
-        filters: Tensor,
-        source: Tensor | None = None,
-        filter_index: Tensor | None = None,
-        target: Tensor | None = None,
-        *,
-        channels_in: int,
-        block: int,
-        reach: int | None = None,
-        kernels: str = "torch",
-    ):
-        if filters.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"filters are float32 or float64, found {filters.dtype}")
-        if filters.ndim != 2 or filters.shape[1] < 1:
-            raise ValueError(f"filters are [F, capacity], found {list(filters.shape)}")
-        if block < 1:
-            raise ValueError(f"a base block has at least one position, found {block}")
-        pairs = count_pairs(source, filter_index, channels_in, filters.shape[0])
-        if target is not None and (target.numel() != pairs or bool((target.diff() < 0).any())):
-            raise ValueError(
-                f"target is ascending, one value for each of {pairs} pairs; found {target.numel()}"
-            )
-        # Ordinary tensors of our own, also under inference mode: they outlive the call.
-        with torch.inference_mode(False), torch.no_grad():
-            self.filters = filters.detach().clone(memory_format=torch.contiguous_format)
-            self.source = None if source is None else source.detach().clone()
-            self.filter_index = None if filter_index is None else filter_index.detach().clone()
-            self.target = None if target is None else target.detach().clone()
-            self.block_table = block_table(self.filters, block, self.filter_index)
-            lag0 = self.filters[:, 0]
-            index = self.filter_index
-            self.skip = lag0.clone() if index is None else lag0.index_select(0, index)
-        self.channels_in = channels_in
-        self.channels_out = pairs if target is None else int(target[-1]) + 1
-        self.block = block
-        self.reach = reach
-        if reach is not None and (self.capacity // 2 < reach + SLACK - 1 or self.capacity % (2 * block)):
-            raise ValueError(
-                f"filters that reach {reach} lags need a capacity of two halves, each of whole blocks and"
-                f" of {reach + SLACK - 1} positions or more; found {self.capacity}"
-            )
-        chosen = kernels if target is None else "torch"  # the Triton kernels know no pairs
-        self.tiles = TILES[chosen](self.filters, self.source, self.filter_index, self.target)
-
-    @property
-    def capacity(self) -> int:
-        """The number of positions the filters reach."""
-        return self.filters.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of filters and state."""
-        return self.filters.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of filters, tables and what the tiles have made of them so far."""
-        tensors = [self.filters, self.block_table, self.skip]
-        tensors += [t for t in (self.source, self.filter_index, self.target) if t is not None]
-        return sum(t.nbytes for t in tensors) + self.tiles.nbytes
-
-    def add_tile(self, tile: Tile, history: Tensor, pending: Tensor) -> None:
-        """Add to pending [B, Cout, capacity] what a tile's inputs in history contribute."""
-        self.tiles.add(tile, history, pending)
-
-    def write_prefix(self, history: Tensor, pending: Tensor, length: int) -> None:
-        """Make pending[..., length:] what the first `length` inputs contribute, and no more."""
-        inputs, outputs = history[:, :, :length], pending[:, :, length:]
-        write_prefix(outputs, inputs, self.filters, self.source, self.filter_index, self.target)
+# Values from which on transposing a matrix is faster than writing columns.
+_MATRIX = 1 << 15
 
 
 class ConvState:
     """What a stack keeps of `batch` sequences in lockstep.
 
     history [B, Cin, capacity]: inputs before the current base block, zero or unread beyond.
-    pending [B, Cout, capacity]: what positions before the block contribute to those from it on.
-    block_inputs [K, B, Cin], block_pending [K, B, Cout]: the current block, position-major.
+    pending [B, Cout, capacity]: what positions before the block contribute to those from it on. Where each channel has
+    one of both they are one tensor: a position's pending output is in `block_pending` when its input arrives.
+    block_inputs [K, B, Cin], block_pending [K, B, Cout]: the current block, position-major; with deferred tiles the
+    block before it too.
     `position` is the next one to be computed, `origin` where the schedule was last restarted. Both, and all positions
     here, count from `dropped`: where the bank says how far filters reach, a state that is full drops its oldest inputs
     and restarts, and so goes on for ever.
@@ -142,7 +52,7 @@ class ConvState:
         block = bank.block
         with torch.inference_mode(False):
             self.history = bank.tiles.new_state(batch, bank.channels_in)
-            self.pending = bank.tiles.new_state(batch, bank.channels_out)
+            self.pending = self.history if bank.in_place else bank.tiles.new_state(batch, bank.channels_out)
             new = bank.filters.new_zeros
             self.block_inputs = new(block, batch, bank.channels_in)
             self.block_pending = new(block, batch, bank.channels_out)
@@ -151,14 +61,16 @@ class ConvState:
         self.consistent = True
         self.tiles_run: Counter[int] = Counter()
         self.positions_tiled = 0
+        self._kept, self._flight = KeptSpectra(), Flight()
         self._begin_schedule(0)
         # history is valid below this position; block_inputs holds the inputs from here on.
         self._flushed = 0
 
     def _begin_schedule(self, origin: int) -> None:
-        self.schedule = Schedule(self.bank.block, self.bank.capacity, origin)
+        self.schedule = self.bank.schedule(origin)
         self.origin = origin
-        self._block_end = origin + self.bank.block
+        # Of the row 0 of the block's buffers, and where the current block ends.
+        self._block_start, self._block_end = origin, origin + self.bank.hop
 
     @property
     def batch(self) -> int:
@@ -172,16 +84,27 @@ class ConvState:
 
     @property
     def local(self) -> int:
-        """The position inside the current base block, 0 ... K - 1."""
-        return self.position - self._block_end + self.bank.block
+        """The row of the block's buffers that the position has, 0 ... K - 1."""
+        return self.position - self._block_start
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the four state tensors; the bank's are its own."""
-        return sum(t.nbytes for t in self._tensors())
+        """Bytes of the state's tensors and of the spectra it keeps; the bank's are its own."""
+        return sum(t.nbytes for t in self._tensors()) + self._kept.nbytes
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.history, self.pending, self.block_inputs, self.block_pending
+    def _tensors(self) -> tuple[Tensor, ...]:
+        large = (self.history,) if self.pending is self.history else (self.history, self.pending)
+        return *large, self.block_inputs, self.block_pending
+
+    @property
+    def large_bytes(self) -> int:
+        """Bytes of everything but the current block."""
+        return self.nbytes - self.block_inputs.nbytes - self.block_pending.nbytes
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations that pieces of deferred tiles have taken so far."""
+        return self._flight.operations
 
     def advance(self) -> None:
         """The step at `position` is done: go on, and at the end of a block run its tiles.
@@ -191,10 +114,12 @@ class ConvState:
         position = self.position + 1
         if position > self.bank.capacity or not self.consistent:
             self._refuse()
-        if position < self._block_end:
-            self.position = position
-        else:
+        if position >= self._block_end:
             self._end_block(position)
+        elif self.bank.deferred:
+            self._advance_flight(position)
+        else:
+            self.position = position
 
     def _refuse(self) -> None:
         if not self.consistent:
@@ -202,20 +127,44 @@ class ConvState:
         raise IndexError(f"the capacity of {self.bank.capacity} positions is used up; grow the state")
 
     @torch.no_grad()
+    def _advance_flight(self, position: int) -> None:
+        self.consistent = False
+        self._flight.advance()
+        self.position = position
+        self.consistent = True
+
+    @torch.no_grad()
     def _end_block(self, end: int) -> None:
         self.consistent = False
         self._flush(end)
-        if self.bank.reach is not None and end + self.bank.block > self.capacity:
+        if self.bank.reach is not None and end + self.bank.hop > self.capacity:
             self._drop(end)
             return
+        self._flight.finish(end)
         for tile in self.schedule.tiles_after(end - 1):
-            self.bank.add_tile(tile, self.history, self.pending)
+            if tile.gap:
+                self._flight.launch(self.bank.begin_tile(tile, self.history, self.pending, self._kept))
+            else:
+                self.bank.add_tile(tile, self.history, self.pending, self._kept)
             self.tiles_run[tile.side] += 1
             self.positions_tiled += tile.side
+        self._flight.advance()
         self.position = end
-        self._block_end = end + self.bank.block
-        self._load_block()
+        self._next_block(end)
         self.consistent = True
+
+    def _next_block(self, start: int) -> None:
+        """Go on to the block that begins at `start`; with deferred tiles the one before it stays."""
+        hop = self.bank.hop
+        self._block_end = start + hop
+        if not self.bank.deferred:
+            self._block_start = start
+            self._load_block()
+        elif start - self._block_start == self.bank.block:
+            self._block_start = start - hop
+            for rows in (self.block_inputs, self.block_pending):
+                rows[:hop] = rows[hop:]
+            self._load_block(hop)
 
     def _drop(self, end: int) -> None:
         """Keep only the newest half of the inputs, and restart after it."""
@@ -225,22 +174,26 @@ class ConvState:
         self.position = self._flushed = half
         self.restart(half)
 
-    def _load_block(self) -> None:
-        """The block that begins at `position`: its pending outputs, no inputs yet."""
-        pending = self.pending[:, :, self.position : self._block_end]
+    def _load_block(self, row: int = 0) -> None:
+        """From `row` of the block's buffers on: the positions' pending outputs, no inputs yet."""
+        pending = self.pending[:, :, self._block_start + row : self._block_start + self.bank.block]
         if pending.stride(2) == 1:
             # Compact first: transposing out of rows a capacity apart misses the cache at every value.
             pending = pending.contiguous()
-        self.block_pending[: pending.shape[2]] = pending.permute(2, 0, 1)
+        self.block_pending[row : row + pending.shape[2]] = pending.permute(2, 0, 1)
         # Later rows weigh nothing in a block's sum, but nothing times infinity is NaN.
-        self.block_inputs.zero_()
+        self.block_inputs[row:] = 0
 
     def _flush(self, end: int) -> None:
         start = self._flushed
         if start < end:
-            first = self._block_end - self.bank.block
-            rows = self.block_inputs[start - first : end - first]
-            self.history[:, :, start:end] = rows.permute(1, 2, 0)
+            rows = self.block_inputs[start - self._block_start : end - self._block_start]
+            if self.history.stride(2) == 1 and rows.numel() >= _MATRIX:
+                # Transposed as one matrix, and only then spread over rows a capacity apart.
+                columns = rows.flatten(1).t().contiguous().view(*rows.shape[1:], end - start)
+            else:
+                columns = rows.permute(1, 2, 0)
+            self.history[:, :, start:end] = columns
             self._flushed = end
 
     @torch.no_grad()
@@ -285,14 +238,17 @@ class ConvState:
         if self._flushed < position:
             self._flush(position)
         self.consistent = False
-        if self.bank.reach is not None and position + self.bank.block > self.capacity:
+        self._kept.clear()
+        self._flight.clear()
+        if self.bank.reach is not None and position + self.bank.hop > self.capacity:
             self._drop(position)
             return
         # In this order: whatever lies below the larger of the two is in history, at every moment.
         self.position = position
         self._flushed = position
         self._begin_schedule(position)
-        self.history[:, :, position:] = 0
+        if not self.bank.in_place:
+            self.history[:, :, position:] = 0
         self.bank.write_prefix(self.history, self.pending, position)
         self._load_block()
         self.consistent = True
@@ -320,12 +276,11 @@ class ConvState:
 
     def rewind(self, position: int) -> None:
         """Back to `position`: inside the current block at no cost, else by `restart`."""
-        first = self._block_end - self.bank.block
-        if self.consistent and first <= position <= self.position:
+        if self.consistent and self._block_end - self.bank.hop <= position <= self.position:
             self.consistent = False
             self._flushed = min(self._flushed, position)
             self.position = position
-            self.block_inputs[position - first :] = 0
+            self.block_inputs[position - self._block_start :] = 0
             self.consistent = True
         else:
             self.restart(position)
@@ -358,6 +313,11 @@ class ConvState:
         """An independent copy that shares the bank; its counters begin at zero."""
         return self.select_rows(torch.arange(self.batch, device=self.history.device))
 
+    def _settle(self) -> None:
+        self.consistent = False
+        self._flight.finish()
+        self.consistent = True
+
     @torch.no_grad()
     def select_rows(self, index: Tensor) -> ConvState:
         """A new state of rows `index` (int64 [B'], repeats allowed); its counters begin at zero.
@@ -366,15 +326,20 @@ class ConvState:
         """
         if not self.consistent:
             self._refuse()
+        # What is under way goes into pending outputs, as it would later.
+        self._settle()
         new = ConvState.__new__(ConvState)
         with torch.inference_mode(False):
             new.history = self.bank.tiles.select_rows(self.history, index)
-            new.pending = self.bank.tiles.select_rows(self.pending, index)
+            new.pending = (
+                new.history if self.bank.in_place else self.bank.tiles.select_rows(self.pending, index)
+            )
             new.block_inputs = self.block_inputs.index_select(1, index)
             new.block_pending = self.block_pending.index_select(1, index)
         new.bank, new.position, new.consistent = self.bank, self.position, True
         new.tiles_run, new.positions_tiled = Counter(), 0
         new.dropped = self.dropped
         new.schedule, new.origin = self.schedule, self.origin
-        new._block_end, new._flushed = self._block_end, self._flushed
+        new._block_start, new._block_end, new._flushed = self._block_start, self._block_end, self._flushed
+        new._kept, new._flight = KeptSpectra(), Flight()
         return new

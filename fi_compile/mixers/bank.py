@@ -1,0 +1,156 @@
+"""The filters of all long convolutions of a model as one bank, and what runs their tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fi_compile.costs import piece_elements
+from fi_compile.kernels.block import block_table
+from fi_compile.kernels.prefix import write_prefix
+from fi_compile.mixers.tiles import TILES, KeptSpectra, TileWork
+from fi_compile.schedule import SLACK, Schedule, Tile
+
+from .pairs import count_pairs
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a model of `dtype` keeps its state: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class FilterBank:
+    """The filters of a stack at one capacity: immutable, a copy of what it was given.
+
+    filters: [F, capacity], float32 or float64, lag 0 first. source: int64 [Cout], the input channel
+    of each output channel; None where they are the same. filter_index: int64 [Cout], the filter of
+    each output channel; None where each has its own. block: the base block K. target: int64 [P], ascending, where
+    output channels read several inputs each: `source` and `filter_index` then count pairs, and pair p belongs to
+    output channel `target[p]`; None where a pair is an output channel. kernels: `torch` or `triton`, what
+    runs the tiles (see `tiles`).
+
+    reach: the number of lags from the first to the last that is not zero, where a sequence may go on beyond the
+    capacity; None where it ends there. A state then drops inputs that no filter reaches any more, and keeps
+    capacity // 2 >= reach + SLACK - 1 at least.
+
+    radix, deferred: the tiling, see `Schedule`. Where tiles are deferred a step sums two base blocks of K/2 positions,
+    K even, the current one and the one before.
+
+    block_table [2K, P] is what `kernels.block.block_sum` reads; skip [P] is lag 0. Raises
+    ValueError for shapes, indices or dtypes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        filters: Tensor,
+        source: Tensor | None = None,
+        filter_index: Tensor | None = None,
+        target: Tensor | None = None,
+        *,
+        channels_in: int,
+        block: int,
+        reach: int | None = None,
+        kernels: str = "torch",
+        radix: int = 2,
+        deferred: bool = False,
+    ):
+        if filters.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"filters are float32 or float64, found {filters.dtype}")
+        if filters.ndim != 2 or filters.shape[1] < 1:
+            raise ValueError(f"filters are [F, capacity], found {list(filters.shape)}")
+        if block < 1:
+            raise ValueError(f"a base block has at least one position, found {block}")
+        if deferred and (block % 2 or kernels != "torch"):
+            raise ValueError(
+                f"deferred tiles need two equal blocks and torch's kernels, found {block}, {kernels}"
+            )
+        pairs = count_pairs(source, filter_index, channels_in, filters.shape[0])
+        if target is not None and (target.numel() != pairs or bool((target.diff() < 0).any())):
+            raise ValueError(
+                f"target is ascending, one value for each of {pairs} pairs; found {target.numel()}"
+            )
+        # Ordinary tensors of our own, also under inference mode: they outlive the call.
+        with torch.inference_mode(False), torch.no_grad():
+            self.filters = filters.detach().clone(memory_format=torch.contiguous_format)
+            self.source = None if source is None else source.detach().clone()
+            self.filter_index = None if filter_index is None else filter_index.detach().clone()
+            self.target = None if target is None else target.detach().clone()
+            self.block_table = block_table(self.filters, block, self.filter_index)
+            lag0 = self.filters[:, 0]
+            index = self.filter_index
+            self.skip = lag0.clone() if index is None else lag0.index_select(0, index)
+        self.channels_in = channels_in
+        self.channels_out = pairs if target is None else int(target[-1]) + 1
+        self.block = block
+        self.hop = block // 2 if deferred else block
+        self.reach = reach
+        if reach is not None and (self.capacity // 2 < reach + SLACK - 1 or self.capacity % (2 * block)):
+            raise ValueError(
+                f"filters that reach {reach} lags need a capacity of two halves, each of whole blocks and"
+                f" of {reach + SLACK - 1} positions or more; found {self.capacity}"
+            )
+        chosen = kernels if target is None else "torch"  # the Triton kernels know no pairs
+        self.tiles = TILES[chosen](self.filters, self.source, self.filter_index, self.target)
+        self.radix = 2 if chosen == "triton" else radix  # those kernels serve one block of inputs a tile
+        self.deferred = deferred
+        if deferred:
+            # Made now: on first use it would hold up a single position.
+            self.tiles.prepare(self.schedule(0))
+
+    @property
+    def capacity(self) -> int:
+        """The number of positions the filters reach."""
+        return self.filters.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of filters and state."""
+        return self.filters.dtype
+
+    def schedule(self, origin: int) -> Schedule:
+        """The tiling of the positions from `origin` on."""
+        return Schedule(self.hop, self.capacity, origin, self.radix, self.deferred)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether inputs and what is pending of outputs can share memory: each channel has one of both."""
+        return self.source is None and self.target is None and self.channels_in == self.channels_out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of filters, tables and what the tiles have made of them so far."""
+        return self.own_bytes + self.tiles.nbytes
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of filters and tables."""
+        tensors = [self.filters, self.block_table, self.skip]
+        tensors += [t for t in (self.source, self.filter_index, self.target) if t is not None]
+        return sum(t.nbytes for t in tensors)
+
+    def predict_bytes(self, batch: int = 1) -> dict[str, int]:
+        """Bytes of a state and of this bank once a whole sequence was decoded: what they are, and how many."""
+        spectra, kept = self.tiles.predict_bytes(self.schedule(0), batch, self.channels_in)
+        rows = self.channels_in + self.channels_out
+        large = self.capacity * (self.channels_in if self.in_place else rows)
+        state = batch * self.dtype.itemsize * (large + self.block * rows)
+        return {
+            "state": state,
+            "spectra of inputs": kept,
+            "filters": self.own_bytes,
+            "spectra of filters": spectra,
+        }
+
+    def add_tile(self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra) -> None:
+        """Add to pending [B, Cout, capacity] what a tile's inputs in history contribute."""
+        self.tiles.add(tile, history, pending, kept)
+
+    def begin_tile(self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra) -> TileWork:
+        """The same in pieces, none of which has run yet."""
+        elements = piece_elements(self.schedule(0), self.channels_out * history.shape[0])
+        return TileWork(self.tiles, tile, history, pending, kept, elements)
+
+    def write_prefix(self, history: Tensor, pending: Tensor, length: int) -> None:
+        """Make pending[..., length:] what the first `length` inputs contribute, and no more."""
+        inputs, outputs = history[:, :, :length], pending[:, :, length:]
+        write_prefix(outputs, inputs, self.filters, self.source, self.filter_index, self.target)

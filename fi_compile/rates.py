@@ -1,0 +1,178 @@
+"""The rates of this machine: measured once, and kept in the user's cache.
+
+`FLASHINF_COSTS=builtin` measures nothing and uses the constants of `costs.py`. The cache is `costs.json` in
+`$FLASHINF_CACHE`, else in `$XDG_CACHE_HOME/flashinf`, else in `~/.cache/flashinf`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .costs import BUILTIN, Rates
+from .errors import FlashinfWarning
+from .kernels.tile import add_tile_direct
+from .mixers.tiles import KeptSpectra, TileWork, TorchTiles
+from .schedule import Tile
+
+VERSION = 1
+# Values of each array that is measured on: together they fit in no cache.
+_VALUES = 1 << 22
+
+
+def rates_of_machine() -> Rates:
+    """The rates of this machine at the present number of threads: from the cache, or measured and put there."""
+    if os.environ.get("FLASHINF_COSTS") == "builtin":
+        return BUILTIN
+    return _rates(str(cache_file()), torch.get_num_threads())
+
+
+@cache
+def _rates(path: str, threads: int) -> Rates:
+    file = Path(path)
+    known = _read(file)
+    found = known.get(str(threads))
+    if found is None:
+        found = known[str(threads)] = measure_rates()
+        _write(file, known)
+    return found
+
+
+def measure_rates() -> Rates:
+    """Run tiles of several sides on data that is in no cache: a second or two."""
+    with torch.inference_mode(False), torch.no_grad():
+        data = torch.randn(3, _VALUES)
+        one, three = ([_time_tile(data, side, blocks) for side in BUILTIN.sides] for blocks in (1, 3))
+        block = tuple(max(0.0, (many - few) / 2) for few, many in zip(one, three, strict=True))
+        return Rates(
+            BUILTIN.sides, tuple(one), block, _time_direct(), _time_load(data[0]), _time_row(), _time_piece()
+        )
+
+
+def _time_tile(data: Tensor, side: int, blocks: int) -> float:
+    """A tile of some blocks of inputs of which only the newest is transformed, per value of a block."""
+    filters, history, pending = (part.view(1, -1, 4 * side) for part in data)
+    tiles, kept = TorchTiles(filters[0], None, None), KeptSpectra()
+    tile = Tile(range((3 - blocks) * side, 3 * side), range(3 * side, 4 * side), side)
+
+    work = TileWork(tiles, tile, history, pending, kept)
+    for piece in range(work.count):  # makes the spectra that are kept
+        work.run(piece)
+    work = TileWork(tiles, tile, history, pending, kept)
+    # By pieces: short enough to run undisturbed now and then on a machine that is busy.
+    times = [_time(lambda piece=piece: work.run(piece)) for _ in range(5) for piece in range(work.count)]
+    return min(times) * work.count / (_VALUES // 4)
+
+
+def _time_direct() -> float:
+    values, filters = torch.randn(1, 256, 16), torch.randn(256, 32)
+    outputs = torch.zeros_like(values)
+    return _fastest(lambda: add_tile_direct(outputs, values, filters)) / 256 / 16**2
+
+
+def _time_load(values: Tensor, channels: int = 512, block: int = 32, times: int = 64) -> float:
+    large, rows = values.view(1, channels, -1), torch.zeros(block, 1, channels)
+
+    def run() -> None:
+        for start in range(0, times * block, block):
+            large[:, :, start : start + block] = rows.permute(1, 2, 0)
+
+    return _fastest(run) / times / block / channels
+
+
+def _time_row(channels: int = 512, rows: int = 32, times: int = 50) -> float:
+    """A product and a sum of what is in a cache near by."""
+    inputs, weights = torch.zeros(2, rows * channels)
+    return _fastest(lambda: [torch.dot(inputs, weights) for _ in range(times)]) / times / rows / channels
+
+
+def _time_piece(times: int = 50) -> float:
+    tiles, little = TorchTiles(torch.zeros(1, 128), None, None), torch.zeros(1, 1, 128)
+    work = TileWork(tiles, Tile(range(32), range(32, 64)), little, little, KeptSpectra())
+    return _fastest(lambda: [work.run(0) for _ in range(times)]) / times
+
+
+def _fastest(run: Callable[[], Any]) -> float:
+    """Seconds of the fastest of a few runs: what others do on the machine only ever adds."""
+    return min(_time(run) for _ in range(5))
+
+
+def _time(run: Callable[[], Any]) -> float:
+    start = perf_counter()
+    run()
+    return perf_counter() - start
+
+
+def cache_file() -> Path:
+    """Where the rates are kept."""
+    if given := os.environ.get("FLASHINF_CACHE"):
+        return Path(given) / "costs.json"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "flashinf" / "costs.json"
+
+
+def machine() -> str:
+    """What measured rates are good for: this processor under this torch."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor()
+    return f"{name} x{os.cpu_count()}, torch {torch.__version__}"
+
+
+def _read(file: Path) -> dict[str, Rates]:
+    """Rates by number of threads; nothing, with a warning, where the file is not of this version and machine."""
+    try:
+        text = file.read_bytes()
+    except OSError:
+        return {}
+    try:
+        content = json.loads(text)
+        if content["version"] != VERSION:
+            raise ValueError(f"it is of version {content['version']}, not {VERSION}")
+        if content["machine"] != machine():
+            raise ValueError(f"it was measured on {content['machine']}")
+        return {threads: _checked(given) for threads, given in content["rates"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        warnings.warn(
+            f"the measured costs in {file} are ignored and measured anew: {type(error).__name__}: {error}",
+            FlashinfWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def _checked(given: dict[str, Any]) -> Rates:
+    sides = tuple(int(side) for side in given["sides"])
+    tile, block = (tuple(float(x) for x in given[name]) for name in ("tile", "block"))
+    direct, load, row, piece = (float(given[name]) for name in ("direct", "load", "row", "piece"))
+    if sides != BUILTIN.sides or not len(tile) == len(block) == len(sides):
+        raise ValueError("it lists other tiles")
+    if not all(0 <= x < 1 for x in (*tile, *block, direct, load, row, piece)):
+        raise ValueError("a rate is out of range")
+    return Rates(sides, tile, block, direct, load, row, piece)
+
+
+def _write(file: Path, known: dict[str, Rates]) -> None:
+    content = {"version": VERSION, "machine": machine(), "rates": {t: asdict(r) for t, r in known.items()}}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix="costs", suffix=".json")
+        with os.fdopen(handle, "w") as out:
+            json.dump(content, out, indent=1)
+        os.replace(name, file)
+    except OSError:
+        pass  # measured again by the next process
