@@ -204,6 +204,7 @@ class Decoder:
     def step(self, token: Tensor) -> Any:
         """Append one position, ids [B] or features [B, D]; return the outputs there."""
         self._check_token(token)
+        self._check_running()
         row = token.unsqueeze(1)
         self._ready(row)
         if len(self._lanes) == 1:
@@ -217,6 +218,11 @@ class Decoder:
 
     def extend(self, tokens: Tensor) -> Any:
         """Append m positions, ids [B, m] or features [B, m, D]; return the outputs at them, [B, m, …]."""
+        self._check_running()
+        return self.extend_unwatched(tokens)
+
+    def extend_unwatched(self, tokens: Tensor) -> Any:
+        """The same for a caller that has seen to it that the weights are unchanged."""
         self._check_sequence(tokens, "tokens")
         self._check_batch(tokens)
         self._ready(tokens)
@@ -321,7 +327,7 @@ class Decoder:
 
     def _ready(self, tokens: Tensor) -> None:
         """Make every lane our own, with room for tokens [B, m(, D)], and keep those."""
-        self._check_running()
+        self._check_unbroken()
         many, fewest = tokens.shape[1], self.engine.program.lengths.fewest
         if len(self._lanes) == 1:  # nearly always: one lane, our own, with room
             lane = self._lanes[0][0]
@@ -468,9 +474,13 @@ class Decoder:
             extra = self._sequence.new_zeros((self._batch, max(short, length), *self._sequence.shape[2:]))
             self._sequence = torch.cat([self._sequence, extra], 1)
 
+    def _check_unbroken(self) -> None:
+        for lane, _ in self._lanes:
+            if lane.broken:
+                raise DecoderBroken("an earlier call was interrupted half way; call reset() or prefill()")
+
     def _check_running(self) -> None:
-        if any(lane.broken for lane, _ in self._lanes):
-            raise DecoderBroken("an earlier call was interrupted half way; call reset() or prefill()")
+        self._check_unbroken()
         if not self._watch.unchanged():
             raise WeightsChanged(
                 "a parameter or buffer changed since the sequence began; call reset(), prefill() or refresh()"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from .program import as_expr
-from .symbolic import evaluate_at
+from .symbolic import evaluate
 
 # One pair of symbols for all graphs, so that the forms of two graphs can be compared.
 BATCH, LENGTH = sympy.symbols("batch length", integer=True, positive=True)
@@ -68,4 +68,4 @@ def form_of(node: Any, symbols: dict[Any, sympy.Symbol]) -> Any:
 
 
 def _values(expressions: tuple[Any, ...], symbols: dict[Any, int]) -> tuple[int, ...]:
-    return tuple(e if isinstance(e, int) else int(evaluate_at(e, symbols, ())) for e in expressions)
+    return tuple(e if isinstance(e, int) else evaluate(e, symbols) for e in expressions)

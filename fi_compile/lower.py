@@ -202,7 +202,7 @@ def _inductor(part: fx.GraphModule, example: list[Tensor]) -> Run:
 
     with config.patch(INDUCTOR), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own insides
-        function = compile_fx(part, example)
+        function: Any = compile_fx(part, example)
         return lambda args: function(*args)
 
 

@@ -61,7 +61,7 @@ def cache_directory() -> Path:
     chosen = os.environ.get("FLASHINF_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashinf"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "flashinf"
 
 
 def _compile(part: fx.GraphModule, example: Sequence[Tensor]) -> str:
@@ -73,7 +73,8 @@ def _compile(part: fx.GraphModule, example: Sequence[Tensor]) -> str:
 
 
 def _load(library: Path) -> Native:
-    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run
+    loader: Any = torch._C
+    return loader._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run
 
 
 def _known(place: Path) -> Path | None:

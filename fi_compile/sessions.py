@@ -151,7 +151,7 @@ class Session:
 
     def _extend(self, tokens: Tensor) -> list[Any]:
         assert self.decoder is not None
-        flat = pytree.tree_leaves(self.decoder.extend(tokens))
+        flat = pytree.tree_leaves(self.decoder.extend_unwatched(tokens))
         for growing, rows in zip(self.outputs, flat, strict=True):
             if growing is not None:
                 growing.append(rows)

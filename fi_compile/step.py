@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .kernels.block import block_step, block_sum
+from .kernels.block import block_sum
 from .mixers.convolution import Convolution
 from .mixers.increments import Increment, Mixer, increment_of, weights_of
 from .mixers.reference import sum_pairs
@@ -22,15 +22,6 @@ from .program import Program, Rewrite
 from .units import ALL, NEW, Plan, Unit, run_unit, take_row
 
 Tensors = Mapping[str, Tensor]
-
-
-def block_steps(kernels: str) -> Callable[..., Tensor]:
-    """What sums the base block: see ``kernels.block.block_step``."""
-    if kernels == "torch":
-        return block_step
-    from .kernels import block_step as triton_form
-
-    return triton_form.block_step
 
 
 # What of the stack's channels a tensor of it has: inputs, outputs, or pairs of both.
@@ -214,7 +205,9 @@ class _Run:
         if self.pending is None:
             block = t["block_inputs"], t["block_table"], self.local, t.get("source")
             if all(m.fan_in == 1 for m in self.step.stacked):
-                self.pending = block_steps(self.step.kernels)(t["block_pending"], *block)
+                from .kernels.block_step import block_step  # only here: who stays with torch needs no Triton
+
+                self.pending = block_step(t["block_pending"], *block)
             else:
                 self.pending = torch.index_select(t["block_pending"], 0, self.local)[0]
                 self.pairs = block_sum(*block)

@@ -521,7 +521,7 @@ def _conv(width: int, l_max: int) -> nn.Module:
     return SPELLINGS["gated"](width, l_max)
 
 
-@pytest.mark.parametrize("step", ["eager", "inductor"])
+@pytest.mark.parametrize("step", ["eager", "inductor", "aot"])
 def test_outputs_are_the_callers_own(step):
     model = scale_weights(Everything(), 1).double()
     x = features(2, 80, 4)
