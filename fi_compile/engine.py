@@ -28,6 +28,7 @@ from .mixers.increments import Mixer
 from .mixers.linear_attention import LinearAttention
 from .mixers.recognise_groups import recognise_group
 from .mixers.recurrence import as_recurrence, with_modes
+from .mixers.registered import Registered, disagreement, recognise_registered
 from .mixers.sliding_attention import SlidingAttention, recognise_sliding
 from .mixers.spectra import with_taps
 from .mixers.stack import state_dtype
@@ -126,6 +127,7 @@ class Engine:
             lambda node: proof.row_local(node) or proof.newest(node),
             lambda unit: self._certify(unit, self.capacity, self.analysis.parameters),
             self._recognise_group,
+            self._recognise_operator,
         )
 
     def _certify(self, unit: Unit, capacity: int, values: Mapping[str, Tensor]) -> bool:
@@ -174,11 +176,7 @@ class Engine:
             )
             raise Unsupported(*(self.proof.refusals or [unproved]))
 
-    def _recognise(self, analysis: Consistency, unit: Unit, x: fx.Node) -> Convolution | Fold | None:
-        fold = recognise_fold(analysis, unit, x)
-        if fold is not None:
-            self.verdicts[fold.name] = "proved causal; the operator's definition is its recurrence"
-            return fold
+    def _recognise(self, analysis: Consistency, unit: Unit, x: fx.Node) -> Convolution | None:
         found = recognise(analysis, unit, x, self.capacity)
         if found is None:
             return None
@@ -218,6 +216,18 @@ class Engine:
         self._filters[found.name, self.capacity] = derived
         self.verdicts[found.name] = how
         return chosen
+
+    def _recognise_operator(self, analysis: Consistency, unit: Unit) -> Fold | Registered | None:
+        fold = recognise_fold(analysis, unit)
+        if fold is not None:
+            self.verdicts[fold.name] = "proved causal; the operator's definition is its recurrence"
+            return fold
+        own = recognise_registered(analysis, unit)
+        if own is not None:
+            if not own.holds(self.proof, self.double_values, self.capacity):
+                raise disagreement(own)
+            self.verdicts[own.name] = "declared causal; equals its registered step on random input"
+        return own
 
     def _recognise_group(
         self, analysis: Consistency, unit: Unit

@@ -13,10 +13,11 @@ from .folds import Fold, RunningFold
 from .linear_attention import LinearAttention
 from .outer_sums import OuterSums
 from .recurrence import Recurrence
+from .registered import Registered, RegisteredStep
 from .sliding_attention import KeyRing, SlidingAttention
 from .window import Scan, ShortConv
 
-Mixer = Convolution | LinearAttention | SlidingAttention | Fold
+Mixer = Convolution | LinearAttention | SlidingAttention | Fold | Registered
 
 
 class Increment(Protocol):
@@ -69,14 +70,20 @@ INCREMENTS: dict[str, Callable[[Convolution], Increment]] = {
 }
 
 
+_OF_CLASS: dict[type, Callable[[Any], Increment]] = {
+    LinearAttention: OuterSums,
+    SlidingAttention: KeyRing,
+    Fold: RunningFold,
+    Registered: RegisteredStep,
+}
+
+
 def increment_of(mixer: Mixer) -> Increment | None:
     """The increment of a mixer; None for what the stack of long convolutions serves."""
-    if isinstance(mixer, LinearAttention):
-        return OuterSums(mixer)
-    if isinstance(mixer, SlidingAttention):
-        return KeyRing(mixer)
-    if isinstance(mixer, Fold):
-        return RunningFold(mixer)
+    own = _OF_CLASS.get(type(mixer))
+    if own is not None:
+        return own(mixer)
+    assert isinstance(mixer, Convolution)
     make = INCREMENTS.get(mixer.lowering)
     return None if make is None else make(mixer)
 
