@@ -13,6 +13,7 @@ from .errors import (
 )
 from .explain import explain
 from .generate import generate
+from .mixers.registered import register_mixer
 from .options import Options
 from .report import Report, last_report
 
@@ -34,4 +35,5 @@ __all__ = [
     "explain",
     "generate",
     "last_report",
+    "register_mixer",
 ]

@@ -30,6 +30,7 @@ from .mixers.linear_attention import LinearAttention
 from .mixers.products import Product, recognise_product
 from .mixers.recognise_groups import recognise_group
 from .mixers.recurrence import as_recurrence, with_modes
+from .mixers.registered import Registered, disagreement, recognise_registered
 from .mixers.sliding_attention import SlidingAttention, recognise_sliding
 from .mixers.spectra import with_taps
 from .mixers.stack import state_dtype
@@ -132,6 +133,7 @@ class Engine:
             lambda node: proof.row_local(node) or proof.newest(node),
             lambda unit: self._certify(unit, self.capacity, self.analysis.parameters),
             self._recognise_group,
+            self._recognise_operator,
         )
 
     def _certify(self, unit: Unit, capacity: int, values: Mapping[str, Tensor]) -> bool:
@@ -182,14 +184,10 @@ class Engine:
 
     def _recognise(
         self, analysis: Consistency, unit: Unit, inputs: Sequence[fx.Node]
-    ) -> Convolution | Fold | Product | None:
+    ) -> Convolution | Product | None:
         if len(inputs) == 2:
             return self._recognise_product(analysis, unit, inputs)
         (x,) = inputs
-        fold = recognise_fold(analysis, unit, x)
-        if fold is not None:
-            self.verdicts[fold.name] = "proved causal; the operator's definition is its recurrence"
-            return fold
         found = recognise(analysis, unit, x, self.capacity)
         if found is None:
             return None
@@ -245,6 +243,18 @@ class Engine:
         self._filters[found.name, self.capacity] = derived
         self.verdicts[found.name] = how
         return chosen
+
+    def _recognise_operator(self, analysis: Consistency, unit: Unit) -> Fold | Registered | None:
+        fold = recognise_fold(analysis, unit)
+        if fold is not None:
+            self.verdicts[fold.name] = "proved causal; the operator's definition is its recurrence"
+            return fold
+        own = recognise_registered(analysis, unit)
+        if own is not None:
+            if not own.holds(self.proof, self.double_values, self.capacity):
+                raise disagreement(own)
+            self.verdicts[own.name] = "declared causal; equals its registered step on random input"
+        return own
 
     def _recognise_group(
         self, analysis: Consistency, unit: Unit

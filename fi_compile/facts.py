@@ -468,6 +468,19 @@ class Triangle:
     diagonal: Any = None
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Of entries in the last, incomplete chunk of positions: which are certified beside those of whole chunks.
+
+    Position ``index of outer · size + index of inner`` below ``valid``. Where a fact has several, all must hold.
+    """
+
+    outer: int
+    inner: int
+    size: int
+    valid: Quantity
+
+
 class _Junk:
     def __repr__(self) -> str:
         return "junk"
@@ -502,6 +515,7 @@ class Fact:
     fill: Any = None  # every element equals this number
     bounds: tuple[Quantity, Quantity] | None = None  # of an integer tensor: least and greatest value
     magnitude: int = ORDINARY
+    chunks: tuple[Chunk, ...] = ()
 
     @property
     def axes(self) -> tuple[Axis, ...]:

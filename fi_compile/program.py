@@ -289,9 +289,12 @@ _TEMPLATE = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})
 
 
 def operator_name(target: Callable[..., Any] | str) -> str:
-    """``aten.mul.Tensor`` → ``mul``; a Python operator or function keeps its own name."""
+    """``aten.mul.Tensor`` → ``mul``; other libraries' operators are ``library::name``, functions keep their names."""
     packet = getattr(target, "overloadpacket", None)
-    return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
+    if packet is None:
+        return getattr(target, "__name__", str(target))
+    library, _, name = packet._qualified_op_name.partition("::")
+    return name if library == "aten" else packet._qualified_op_name
 
 
 def data_arguments(node: fx.Node) -> list[fx.Node]:

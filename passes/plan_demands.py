@@ -22,7 +22,7 @@ from fi_compile.twin import widen_call
 from fi_compile.units import ALL, NEW, Demand, Plan, Unit, closure, run_unit, take_row, zero_tail
 
 Recognise = Callable[[Consistency, Unit, Sequence[fx.Node]], Any]
-RecogniseGroup = Callable[[Consistency, Unit], Any]
+RecogniseUnit = Callable[[Consistency, Unit], Any]
 _TOLERANCE = 1e-9
 _MOST_ABSORBED = 12
 
@@ -32,7 +32,8 @@ def plan_demands(
     recognise: Recognise,
     is_local: Callable[[fx.Node], bool],
     certify: Callable[[Unit], bool],
-    recognise_group: RecogniseGroup = lambda analysis, unit: None,
+    recognise_group: RecogniseUnit = lambda analysis, unit: None,
+    recognise_operator: RecogniseUnit = lambda analysis, unit: None,
 ) -> Plan:
     """Plan one step: which units run, what they read, and what is kept.
 
@@ -41,11 +42,12 @@ def plan_demands(
     ``recognise(analysis, unit, inputs)`` returns the increment of a unit that needs the whole of these values, one or
     two, or None;
     ``recognise_group(analysis, unit)`` that of a unit with all values of two sequence axes behind its exit, or None;
+    ``recognise_operator(analysis, unit)`` that of a unit for which its operators alone decide, or None;
     ``is_local(node)`` says whether an operator is certified to make each row from the same rows of its arguments;
     ``certify(unit)`` settles what no operator's rule does. Raises :class:`Unsupported` when an output is not
     consistent.
     """
-    return _Planner(analysis, recognise, is_local, certify, recognise_group).plan()
+    return _Planner(analysis, recognise, is_local, certify, recognise_group, recognise_operator).plan()
 
 
 class _Planner:
@@ -55,10 +57,12 @@ class _Planner:
         recognise: Recognise,
         is_local: Callable[[fx.Node], bool],
         certify: Callable[[Unit], bool],
-        recognise_group: RecogniseGroup,
+        recognise_group: RecogniseUnit,
+        recognise_operator: RecogniseUnit,
     ) -> None:
         self.analysis = analysis
         self.recognise, self.recognise_group = recognise, recognise_group
+        self.recognise_operator = recognise_operator
         self.is_local = is_local
         self.certify = certify
         self.program: Program = analysis.program
@@ -133,9 +137,9 @@ class _Planner:
             self.demands.setdefault(node, set()).add(demand)
 
     def unit(self, node: fx.Node, demand: Demand) -> Unit:
-        group = self.group(node, demand)
-        if group is not None:
-            return self.accept(group)
+        known = self.operator(node, demand) or self.group(node, demand)
+        if known is not None:
+            return self.accept(known)
         fallback: Unit | None = None
         inside: frozenset[fx.Node] = frozenset()
         for _ in range(_MOST_ABSORBED + 1):
@@ -177,6 +181,19 @@ class _Planner:
             )
         return self.accept(fallback)
 
+    def operator(self, node: fx.Node, demand: Demand) -> Unit | None:
+        """The unit of the nearest values, if a mixer knows the increment of its operators."""
+        if demand != (NEW,):
+            return None
+        nodes, inputs = closure(node, self.analysis.consistent)
+        reads = {i: (NEW,) * len(self.rows(i)) for i in inputs if is_tensor(i)}
+        mixer = self.recognise_operator(self.analysis, Unit(node, demand, nodes, reads))
+        return None if mixer is None else self.mixed(node, demand, nodes, mixer)
+
+    def mixed(self, node: fx.Node, demand: Demand, nodes: tuple[fx.Node, ...], mixer: Any) -> Unit:
+        """A unit that runs as its increment."""
+        return Unit(node, demand, nodes, dict.fromkeys(mixer.inputs, (NEW,)), "row", mixer)
+
     def group(self, node: fx.Node, demand: Demand) -> Unit | None:
         """The unit with every value of two sequence axes behind it inside, if a mixer knows its increment."""
         if len(demand) != 1:
@@ -193,11 +210,7 @@ class _Planner:
             return None
         reads = {i: (NEW,) * len(self.rows(i)) for i in inputs if is_tensor(i)}
         mixer = self.recognise_group(self.analysis, Unit(node, demand, nodes, reads))
-        return (
-            None
-            if mixer is None
-            else Unit(node, demand, nodes, dict.fromkeys(mixer.inputs, (NEW,)), "row", mixer)
-        )
+        return None if mixer is None else self.mixed(node, demand, nodes, mixer)
 
     def accept(self, unit: Unit) -> Unit:
         for node, demand in unit.reads.items():

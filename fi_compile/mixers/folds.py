@@ -19,7 +19,7 @@ from fi_compile.program import Program, is_getitem, is_tensor, operator_name
 from fi_compile.units import Unit
 
 from .convolution import layout_of
-from .layout import Layout
+from .layout import STATE_TYPE, Layout
 from .window import SLACK, write_newest
 
 _WIDEST = 1 << 16  # channels of which few rows are kept
@@ -106,18 +106,19 @@ class Fold:
         return True
 
 
-def recognise_fold(analysis: Consistency, unit: Unit, x: fx.Node) -> Fold | None:
+def recognise_fold(analysis: Consistency, unit: Unit) -> Fold | None:
     """The scan a unit is, if it is one associative operator along the sequence and nothing more."""
-    nodes = [n for n in unit.nodes if n in analysis.program.input_dependent]
-    scan = nodes[0]
+    scan, part = unit.nodes[0], 0
     name = operator_name(scan.target)
-    if name not in OPERATORS or len(nodes) > 2 or scan.all_input_nodes != [x]:
+    if name not in OPERATORS or len(unit.nodes) > 2 or len(unit.reads) != 1 or not scan.all_input_nodes:
         return None
-    part = 0
-    if len(nodes) == 2:
-        if not is_getitem(nodes[1]):
+    (x,) = unit.reads
+    if scan.all_input_nodes != [x] or x not in analysis.program.input_dependent:
+        return None
+    if len(unit.nodes) == 2:
+        if not is_getitem(unit.exit):
             return None
-        part = int(nodes[1].args[1])  # type: ignore[arg-type]
+        part = int(unit.exit.args[1])  # type: ignore[arg-type]
     layout = layout_of(analysis, x)
     dim = scan.kwargs.get("dim", scan.args[1] if len(scan.args) > 1 else None)
     if (
@@ -139,7 +140,7 @@ class RunningFold:
 
     mixer: Fold
 
-    needs = ("state",)
+    needs = (STATE_TYPE,)
     reads = 1
 
     @property
@@ -150,12 +151,12 @@ class RunningFold:
     def weights(self, found: Any, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
         """An empty tensor of the state's type."""
         device = self.mixer.program.example.device
-        return {"state": torch.zeros(0, dtype=torch.float64, device=device)}
+        return {STATE_TYPE: torch.zeros(0, dtype=torch.float64, device=device)}
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """States of no positions: [R, B, parts·C], float64; what they hold is never read."""
         parts = 2 if self.mixer.operator in ("cummax", "cummin") else 1
-        return weights["state"].new_zeros(self.rows, batch, parts * self.mixer.layout_in.count)
+        return weights[STATE_TYPE].new_zeros(self.rows, batch, parts * self.mixer.layout_in.count)
 
     def step(self, ring: Tensor, position: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """The newest output [B, C] from x [B, C]; writes the new state into the ring."""

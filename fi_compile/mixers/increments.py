@@ -14,11 +14,12 @@ from .linear_attention import LinearAttention
 from .outer_sums import OuterSums
 from .products import Product
 from .recurrence import Recurrence
+from .registered import Registered, RegisteredStep
 from .relaxed import RelaxedProduct
 from .sliding_attention import KeyRing, SlidingAttention
 from .window import Scan, ShortConv
 
-Mixer = Convolution | LinearAttention | SlidingAttention | Fold | Product
+Mixer = Convolution | LinearAttention | SlidingAttention | Fold | Product | Registered
 
 
 class Increment(Protocol):
@@ -71,16 +72,22 @@ INCREMENTS: dict[str, Callable[[Convolution], Increment]] = {
 }
 
 
+_OF_CLASS: dict[type, Callable[[Any], Increment]] = {
+    LinearAttention: OuterSums,
+    SlidingAttention: KeyRing,
+    Fold: RunningFold,
+    Registered: RegisteredStep,
+}
+
+
 def increment_of(mixer: Mixer, capacity: int) -> Increment | None:
     """The increment of a mixer for so many positions; None for what the stack of long convolutions serves."""
-    if isinstance(mixer, LinearAttention):
-        return OuterSums(mixer)
-    if isinstance(mixer, SlidingAttention):
-        return KeyRing(mixer)
-    if isinstance(mixer, Fold):
-        return RunningFold(mixer)
     if isinstance(mixer, Product):
         return RelaxedProduct(mixer.layout_out.count, capacity)
+    own = _OF_CLASS.get(type(mixer))
+    if own is not None:
+        return own(mixer)
+    assert isinstance(mixer, Convolution)
     make = INCREMENTS.get(mixer.lowering)
     return None if make is None else make(mixer)
 

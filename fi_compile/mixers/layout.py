@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+STATE_TYPE = "state-type"  # among an increment's weights: an empty tensor of the type its state is kept in
+
 
 @dataclass(frozen=True)
 class Layout:

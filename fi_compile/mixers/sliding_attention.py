@@ -25,11 +25,10 @@ from .bands import hides, reach_of
 from .convolution import layout_of, parameters_behind
 from .groups import Group, Operand, close, noise_of, query_axes
 from .lag_tables import FollowsPosition, LagTables
-from .layout import Layout
+from .layout import STATE_TYPE, Layout
 from .window import SLACK, write_newest
 
 _TOLERANCE = 1e-10
-_LIKE = "keys"  # an empty tensor of the type that keys are kept in
 
 
 @dataclass(frozen=True)
@@ -267,7 +266,7 @@ class KeyRing:
     @property
     def needs(self) -> tuple[str, ...]:
         """The tables inside."""
-        return (_LIKE, *(t.name for t in self.mixer.group.tables))
+        return (STATE_TYPE, *(t.name for t in self.mixer.group.tables))
 
     @property
     def reads(self) -> int:
@@ -284,7 +283,9 @@ class KeyRing:
     ) -> dict[str, Tensor]:
         """The tables in their own types; where the state is float64, in double precision."""
         kept = {
-            _LIKE: torch.zeros(0, dtype=self.mixer.held_as(dtype), device=self.mixer.program.example.device)
+            STATE_TYPE: torch.zeros(
+                0, dtype=self.mixer.held_as(dtype), device=self.mixer.program.example.device
+            )
         }
         for table in self.mixer.group.tables:
             own = table.meta["val"].dtype
@@ -293,7 +294,7 @@ class KeyRing:
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """Keys of no positions: zeros [R, B, C], C the channels of the keys."""
-        return weights[_LIKE].new_zeros(self.rows, batch, sum(self.mixer.widths))
+        return weights[STATE_TYPE].new_zeros(self.rows, batch, sum(self.mixer.widths))
 
     def step(self, ring: Tensor, position: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """The newest output [B, Cout] from x [B, C], queries and keys; writes the keys into the ring."""

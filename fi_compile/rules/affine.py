@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fi_compile.facts import Affine, Fact, Quantity, Triangle, constant, is_number, tidy
+from fi_compile.facts import Affine, Fact, Quantity, Triangle, constant, is_number, same, tidy
 
 Bounds = tuple[Any, Any]
 
@@ -118,12 +118,12 @@ DECIDE: dict[str, Callable[[Any, Any], bool | None]] = {
 
 
 def compared(name: str, difference: Affine, sizes: Sequence[Quantity]) -> tuple[Triangle, ...]:
-    """What ``difference <name> 0`` is above the diagonal of every pair of sequence dimensions."""
-    follows = [d for d, size in enumerate(sizes) if not constant(size)]
+    """What ``difference <name> 0`` is above the diagonal of every pair of dimensions of one size, or that follow s."""
     found = []
-    for q in follows:
-        for k in follows:
-            if q == k:
+    for q in range(len(sizes)):
+        for k in range(len(sizes)):
+            alike = not constant(sizes[q]) or (same(sizes[q], sizes[k]) and not same(sizes[q], 1))
+            if q == k or constant(sizes[q]) != constant(sizes[k]) or not alike:
                 continue
             above = DECIDE[name](*bounds(difference, sizes, (q, k, "above")))
             if above is not None:

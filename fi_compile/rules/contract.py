@@ -19,9 +19,11 @@ from fi_compile.facts import (
     filled,
     is_number,
     least,
+    plus,
     tidy_scale,
 )
 
+from . import chunks
 from .call import Call, is_one, one, rule
 from .pointwise import broadcast, unite_dims, varies
 from .triangles import VERY_LOW
@@ -42,7 +44,7 @@ def contracted(
     for i, names in enumerate(letters):
         for d, name in enumerate(names):
             where.setdefault(name, []).append((i, d))
-    bound = _bounds(facts, letters)
+    bound, strict = _bounds(facts, letters), _strict(facts, letters)
     dims = {name: unite_dims([facts[i].dims[d] for i, d in where[name]], "product", False) for name in out}
     limits: dict[str, Quantity] = {}
     for name, places in where.items():
@@ -66,7 +68,8 @@ def contracted(
             axis = one(dim)
             if not axis.plain:
                 raise Deny("misaligned", f"sums over positions of values that are {axis}")
-            limits[query] = least(limits.get(query, axis.valid), axis.valid)
+            valid = plus(axis.valid, 1) if (name, query) in strict else axis.valid
+            limits[query] = least(limits.get(query, valid), valid)
         c.conditions.append(f"entries with {name} > {query} are exactly 0")
     for fact in facts:
         if fact.junk:
@@ -79,7 +82,9 @@ def contracted(
         scale = np.multiply(scale, fact.scale)
     contracted_letters = [n for n in where if n not in out]
     _note(c, nodes, facts, letters, contracted_letters, out)
-    return Fact(tuple(dims[n] for n in out), tidy_scale(scale), _triangles(bound, out))
+    above = {name: _queries(name, bound) for name in contracted_letters}
+    kept = chunks.summed(facts, letters, out, above)
+    return Fact(tuple(dims[n] for n in out), tidy_scale(scale), _triangles(bound, out), chunks=kept)
 
 
 def _bounds(facts: Sequence[Fact], letters: Sequence[Sequence[str]]) -> dict[str, set[str]]:
@@ -90,6 +95,16 @@ def _bounds(facts: Sequence[Fact], letters: Sequence[Sequence[str]]) -> dict[str
             if t.above is not JUNK and is_number(t.above) and t.above == 0:
                 bound.setdefault(names[t.key], set()).add(names[t.query])
     return bound
+
+
+def _strict(facts: Sequence[Fact], letters: Sequence[Sequence[str]]) -> set[tuple[str, str]]:
+    """Pairs of a key and a query letter: the key is before the query where the product is nonzero."""
+    return {
+        (names[t.key], names[t.query])
+        for fact, names in zip(facts, letters, strict=True)
+        for t in fact.triangles
+        if is_number(t.above) and t.above == 0 and is_number(t.diagonal) and t.diagonal == 0
+    }
 
 
 def _queries(name: str, bound: dict[str, set[str]]) -> set[str]:

@@ -20,6 +20,7 @@ from fi_compile.facts import (
     constant,
     fixed,
     is_number,
+    plus,
     same,
     sequence,
     settle,
@@ -27,9 +28,10 @@ from fi_compile.facts import (
     tidy_scale,
     united,
 )
-from fi_compile.program import is_integer
+from fi_compile.program import is_integer, operator_name
 
 from . import affine as index
+from . import chunks
 from .call import Call, is_one, rule
 from .triangles import combined, evaluated
 
@@ -128,7 +130,8 @@ def finish(c: Call, dims: tuple[Dim, ...], scale: Any = 1.0, affine: Affine | No
     complex_number = any(isinstance(a, complex) for a in c.arguments.values())
     if (complex_operand or complex_number) and any(a.freq for d in dims for a in d):
         dims = tuple(tuple(replace(a, real=False) if a.freq else a for a in d) for d in dims)
-    return Fact(dims, scale, triangles, affine=affine, fill=fill)
+    shown = chunks.aligned(list(facts.values()), len(dims))
+    return Fact(dims, scale, triangles, affine=affine, fill=fill, chunks=shown)
 
 
 @rule(*UNARY_LINEAR, scales=True, junk=True)
@@ -164,7 +167,7 @@ def linear_unary(c: Call) -> Fact:
     elif c.name != "neg" and (c.name == "real" or (source.is_floating_point and not whole(form, target))):
         form = None
     result = finish(c, dims, fact.scale, form)
-    return Fact(dims, fact.scale, result.triangles, affine=form, fill=result.fill, bounds=_bounds(c, fact))
+    return replace(result, dims=dims, scale=fact.scale, affine=form, bounds=_bounds(c, fact))
 
 
 def whole(form: Affine | None, target: torch.dtype) -> bool:
@@ -188,7 +191,7 @@ def type_as(c: Call) -> Fact:
     c.note_linear([c.arg("self")])
     c.note_ignored(c.arg("self"), c.arg("other"))
     c.row_local = True
-    return Fact(fact.dims, fact.scale, fact.triangles, fill=fact.fill)
+    return Fact(fact.dims, fact.scale, fact.triangles, fill=fact.fill, chunks=fact.chunks)
 
 
 @rule("view_as_complex", scales=True)
@@ -292,9 +295,7 @@ def clamp(c: Call) -> Fact:
         least, most = np.maximum(least, int(low)), np.maximum(most, int(low))
     if high is not None:
         least, most = np.minimum(least, int(high)), np.minimum(most, int(high))
-    return Fact(
-        result.dims, triangles=result.triangles, bounds=(tidy(np.asarray(least)), tidy(np.asarray(most)))
-    )
+    return replace(result, bounds=(tidy(np.asarray(least)), tidy(np.asarray(most))), affine=None, fill=None)
 
 
 def value_bounds(fact: Fact) -> tuple[Any, Any] | None:
@@ -380,7 +381,22 @@ def add(c: Call) -> Fact:
     form = None
     if a is not None and b is not None:
         form = index.combine(index.scaled(a, first), b, second if first == 1 else 1)
-    return finish(c, dims, scale, form)
+    return finish(c, _exclusive(c, dims), scale, form)
+
+
+def _exclusive(c: Call, dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """A running sum less its newest term knows one row more than its terms do."""
+    total, term = c.arg("self"), c.arg("other")
+    if c.name != "sub" or c.arg("alpha", 1) != 1 or not isinstance(total, fx.Node):
+        return dims
+    if operator_name(total.target) != "cumsum" or total.args[0] is not term or total.kwargs.get("dtype"):
+        return dims
+    along = total.kwargs.get("dim", total.args[1] if len(total.args) > 1 else None)
+    if not isinstance(along, int) or len(dims[along]) != 1 or not dims[along][0].plain:
+        return dims
+    axis, place = dims[along][0], along % len(dims)
+    more = replace(axis, valid=plus(axis.valid, 1))
+    return (*dims[:place], (more,), *dims[place + 1 :])
 
 
 def _beside_zero(facts: list[Fact], moving: list[Fact]) -> tuple[Dim, ...]:

@@ -9,6 +9,7 @@ from torch import fx
 
 from fi_compile.facts import Deny, Dim, Fact, Triangle, constant, filled, fixed, is_number, least, settle
 
+from . import chunks
 from .affine import aligned
 from .call import Call, Result, is_one, mixed, need_fixed, one, rule
 from .contract import masked
@@ -62,7 +63,8 @@ def sums(c: Call) -> Fact:
         if fact.junk:
             raise Deny("unproved", "uses entries that are certified only below a diagonal")
         c.row_local = True
-        return Fact(dropped(c, fact, dims), fact.scale)
+        kept = chunks.without(fact.chunks, dims, bool(c.arg("keepdim")))
+        return Fact(dropped(c, fact, dims), fact.scale, chunks=kept)
     if c.name == "sum" and len(follows) == 1:
         key = follows[0]
         for t in fact.triangles or _by_value(c, fact, key):
@@ -232,7 +234,9 @@ def scans(c: Call) -> Result:
         if is_number(fact.fill) and fact.fill == 0:
             return Fact(dims, fill=0)
     values = c.node.meta["val"]
-    return [Fact(dims) for _ in values] if isinstance(values, (list, tuple)) else Fact(dims)
+    inside = fact.chunks if axis.fixed else ()  # along the places of a chunk, or features
+    result = Fact(dims, chunks=inside)
+    return [result for _ in values] if isinstance(values, (list, tuple)) else result
 
 
 @rule("diff")

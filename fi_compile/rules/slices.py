@@ -29,14 +29,15 @@ from fi_compile.facts import (
     tidy,
 )
 
+from . import chunks
 from .call import Call, mixed, one, rule, table_axis
 
 
 def replaced(fact: Fact, dim: int, axes: tuple[Axis, ...]) -> Fact:
-    """The fact with one dimension changed; only the scale and a uniform value survive."""
-    return Fact(
-        (*fact.dims[:dim], axes, *fact.dims[dim + 1 :]), fact.scale, fill=fact.fill, bounds=fact.bounds
-    )
+    """The fact with one dimension changed; only the scale, a uniform value and chunks of others survive."""
+    dims = (*fact.dims[:dim], axes, *fact.dims[dim + 1 :])
+    kept = chunks.without(fact.chunks, [dim], kept=True)
+    return Fact(dims, fact.scale, fill=fact.fill, bounds=fact.bounds, chunks=kept)
 
 
 def bounded(c: Call, value: object, size: Quantity, default: Quantity) -> Quantity:
@@ -78,7 +79,7 @@ def window(c: Call, fact: Fact, dim: int, start: Quantity, stop: Quantity) -> Fa
         from .affine import moved
 
         affine = moved(affine, dim, start)
-    return Fact(result.dims, fact.scale, others, affine=affine, fill=fact.fill, bounds=fact.bounds)
+    return replace(result, triangles=others, affine=affine)
 
 
 def seen_from_the_end(axis: Axis) -> Axis:
@@ -160,7 +161,8 @@ def select(c: Call) -> Fact:
     c.note_linear([c.arg("self")])
     c.row_local = fact.dims[dim][0].fixed
     dims = (*result.dims[:dim], *result.dims[dim + 1 :])
-    return Fact(dims, result.scale, newest=result.newest, fill=result.fill, bounds=result.bounds)
+    kept = chunks.without(result.chunks, [dim], kept=False)
+    return Fact(dims, result.scale, newest=result.newest, fill=result.fill, bounds=result.bounds, chunks=kept)
 
 
 @rule("constant_pad_nd", "pad", scales=True)
@@ -343,7 +345,9 @@ def split(c: Call) -> list[Fact]:
                 raise Deny("moving", "unbinds the positions")
             if fact.junk:
                 raise Deny("unproved", "unbinds entries that are certified only below a diagonal")
-            piece = Fact((*piece.dims[:dim], *piece.dims[dim + 1 :]), piece.scale, newest=piece.newest)
+            dims = (*piece.dims[:dim], *piece.dims[dim + 1 :])
+            kept = chunks.without(piece.chunks, [dim], kept=False)
+            piece = Fact(dims, piece.scale, newest=piece.newest, chunks=kept)
         pieces.append(piece)
         start = stop
     return pieces

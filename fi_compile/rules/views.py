@@ -8,6 +8,7 @@ import numpy as np
 
 from fi_compile.facts import JUNK, Axis, Deny, Dim, Fact, Quantity, constant, fixed, same, tidy
 
+from . import chunks
 from .call import Call, is_one, rule, table_axis
 
 
@@ -27,7 +28,8 @@ def moved(fact: Fact, dims: tuple[Dim, ...], where: dict[int, int]) -> Fact:
             coefficients[new] = form.coefficients[old]
         lost = [x for i, x in enumerate(form.coefficients) if i not in where and x]
         form = None if lost else replace(form, coefficients=tuple(coefficients))
-    return Fact(dims, fact.scale, triangles, affine=form, fill=fact.fill, bounds=fact.bounds)
+    kept = chunks.moved(fact.chunks, where)
+    return Fact(dims, fact.scale, triangles, affine=form, fill=fact.fill, bounds=fact.bounds, chunks=kept)
 
 
 def _linear(c: Call) -> Fact:
@@ -173,6 +175,7 @@ def view(c: Call) -> Fact:
     for key in ("size", "shape", "sizes"):
         if c.arg(key) is not None:
             c.qs(key)
+    fact = chunks.regrouped(fact, c.out, c.context.length)
     dims = viewed(fact, c.out)
     old = [i for i, dim in enumerate(fact.dims) if not is_one(dim)]
     new = [i for i, dim in enumerate(dims) if not is_one(dim)]
@@ -180,7 +183,8 @@ def view(c: Call) -> Fact:
         return moved(fact, dims, dict(zip(old, new, strict=True)))  # only dimensions of size 1 come or go
     if fact.junk:
         raise Deny("unproved", "a view regroups entries that are certified only below a diagonal")
-    return Fact(dims, fact.scale, fill=fact.fill, bounds=fact.bounds)
+    kept = chunks.after_view(fact, c.out)
+    return Fact(dims, fact.scale, fill=fact.fill, bounds=fact.bounds, chunks=kept)
 
 
 def _alike(a: Dim, b: Dim) -> bool:
