@@ -14,13 +14,23 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import mixing
+from . import end_to_end, latency, mixing, plots, processes, steps, tiles
 from .measure import BUSY, machine, others_busy
 from .results import Results, Section
 from .setup import SIZES, Bench, Sizes
 
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "mixing": mixing.run,
+    "tiles": tiles.run,
+    "crossover": tiles.crossover,
+    "end_to_end": end_to_end.run,
+    "small": steps.small,
+    "batch": steps.batch,
+    "growing": steps.growing,
+    "prefill": steps.prefill,
+    "latency": latency.run,
+    "memory": processes.memory,
+    "compile": processes.compile_time,
 }
 
 
@@ -36,7 +46,7 @@ def measure(results: Results, names: Sequence[str], sizes: Sizes, mode: str, *, 
         except Exception as error:
             section.error = f"{traceback.format_exc()}\n{type(error).__name__}: {error}"
             section.figures.clear()  # of a measurement that broke off nothing is shown
-            section.series.clear()
+            section.curves.clear()
             bench.say(f"failed: {type(error).__name__}: {error}")
         results.write()
         torch.compiler.reset()
@@ -69,8 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.machine["load_after"] = os.getloadavg()[0]
     results.machine["seconds"] = round(time.perf_counter() - start)
     path = results.write()
+    drawn = plots.draw(results)
     results.print(console)
-    console.print(f"written to {path.parent}")
+    console.print(f"written to {path.parent}: {', '.join(p.name for p in (path, *drawn))}")
+    if not drawn:
+        console.print("no plots: pip install matplotlib, or the extra `bench`")
     return 0 if results.sound else 1
 
 

@@ -18,7 +18,10 @@ OPTIONS = {
 
 
 def compiled(function: Callable[..., Tensor], *example: Tensor) -> Callable[..., Tensor]:
-    """`function` for tensors like the example, which it may change in place."""
+    """`function` for tensors like the example, all distinct, which it may change in place."""
+    assert len({id(tensor) for tensor in example}) == len(
+        example
+    )  # one tensor twice would be traced as one input
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 

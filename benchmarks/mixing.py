@@ -31,17 +31,22 @@ _RECURRENCE_CHECKED = 512  # positions
 
 def run(bench: Bench) -> None:
     """Every peer at every length of the run."""
+    curves: dict[str, list[tuple[int, str, float]]] = {}
     for length in bench.sizes.lengths:
-        measure(bench, length)
+        for name, (subject, seconds) in measure(bench, length).items():
+            curves.setdefault(name, []).append((length, subject, seconds))
+    for name, points in curves.items():
+        lengths, subjects, seconds = zip(*points, strict=True)
+        bench.section.curve("mixing", name, lengths, seconds, subjects)
 
 
-def measure(bench: Bench, length: int) -> None:
-    """All peers at one length, and the ratios."""
+def measure(bench: Bench, length: int) -> dict[str, tuple[str, float]]:
+    """All peers at one length, and the ratios: what was checked and the seconds of all positions, by name."""
     section, channels = bench.section, bench.sizes.channels
     at = f"L={length}"
     bench.say(f"{at}: {channels} filters")
     filters, inputs = hyena_like(channels, length), history(channels, length)
-    whole: dict[str, tuple[str, float]] = {}  # name -> what was checked, seconds of all positions
+    whole: dict[str, tuple[str, float]] = {}
     subject, seconds = f"flashinf {at}", measure_flashinf(bench, filters, inputs)
     whole[Flashinf.name] = subject, seconds
     bandwidth, error = read_bandwidth()
@@ -76,6 +81,7 @@ def measure(bench: Bench, length: int) -> None:
         note=f"every position run, before and after the others: {drift:.2f}×",
     )
     _ratios(bench, whole, at, length)
+    return whole
 
 
 def measure_flashinf(bench: Bench, filters: Tensor, inputs: Tensor) -> float:
@@ -164,10 +170,11 @@ def check_recurrence(bench: Bench, order: int, subject: str) -> None:
 
 
 def _ratios(bench: Bench, whole: dict[str, tuple[str, float]], at: str, length: int) -> None:
-    mine, ours = whole.pop(Flashinf.name)
+    mine, ours = whole[Flashinf.name]
+    others = {name: v for name, v in whole.items() if name != Flashinf.name}
     wanted = {(Lazy.name, 1 << 16): 180, (Lazy.name, 1 << 17): 350}
-    exact = {n: v for n, v in whole.items() if not n.startswith("recurrence")}
-    for name, (subject, total) in whole.items():
+    exact = {n: v for n, v in others.items() if not n.startswith("recurrence")}
+    for name, (subject, total) in others.items():
         target = wanted.get((name, length))
         bench.section.figure(
             f"{at} {name} / flashinf",

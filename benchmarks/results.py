@@ -60,7 +60,7 @@ class Section:
     name: str
     checks: dict[str, Check] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
-    series: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = field(default_factory=dict)
     withheld: list[str] = field(default_factory=list)
     error: str | None = None
 
@@ -94,12 +94,12 @@ class Section:
             self.figures.append(Figure(name, float(value), unit, of, target, note))
 
     def curve(
-        self, name: str, x: Sequence[float], y: Sequence[float], of: str | Sequence[str], **labels: str
+        self, plot: str, label: str, x: Sequence[float], y: Sequence[float], of: str | Sequence[str]
     ) -> None:
-        """Keep points of a plot (`plots.PLOTS` names it), under the same condition."""
+        """Keep points of a plot (`plots.PLOTS` names them), under the same condition."""
         of = (of,) if isinstance(of, str) else tuple(of)
         if self.passed(*of):
-            self.series[name] = {"x": list(x), "y": list(y), **labels}
+            self.curves.setdefault(plot, {})[label] = list(x), list(y)
 
     @property
     def sound(self) -> bool:
