@@ -82,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawn = plots.draw(results)
     results.print(console)
     console.print(f"written to {path.parent}: {', '.join(p.name for p in (path, *drawn))}")
-    if not drawn:
-        console.print("no plots: pip install matplotlib, or the extra `bench`")
+    if not plots.INSTALLED:
+        console.print("no plots: matplotlib is not installed (extra `bench`)")
     return 0 if results.sound else 1
 
 

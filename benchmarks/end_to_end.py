@@ -20,7 +20,7 @@ from .measure import once
 from .peers import striped_hyena
 from .peers.base import quadrature, spread
 from .peers.gpt import GPT, GPTDecoder
-from .peers.lazy_decoder import LazyState, filters_of, make_lazy, random_past
+from .peers.lazy_decoder import BLOCK, LazyState, filters_of, make_lazy, random_past
 from .peers.naive import with_known_filters
 from .setup import Bench
 
@@ -92,17 +92,17 @@ def _lazy(bench: Bench, at: str, model: HyenaLM, filters: Tensor, length: int) -
     """Mean seconds of the lazy decoder over all positions."""
     bench.say(f"{at}: lazy decoder on the same step")
     room = min(1024, length)
-    decoder = models.decoder_for(model, room, block=1)
+    decoder = models.decoder_for(model, room, block=BLOCK)
     state = make_lazy(decoder, filters)
     steps = decode(decoder.step, models.random_ids(1, CHECKED))
     subject = f"lazy decoder {at}"
     bench.section.check(subject, *models.check_logits(model, steps.logits))
     random_past(state)
     found = [(t, weight, _lazy_at(decoder, state, t)) for t, weight in quadrature(spread(length))]
+    last = length - 1 - (length - 1) % BLOCK
     some = sorted({0, filters.shape[0] - 1})
-    past = state.history[some, : length - 1]
-    exact = gate.direct(filters[some], past, [length - 1], range(length - 1))
-    error = gate.units(state.sum(length - 1)[some].unsqueeze(1), exact, filters[some], past)
+    exact = gate.direct(filters[some], state.history[some], [last], range(last))
+    error = gate.units(state.sum(last)[some].unsqueeze(1), exact, filters[some], state.history[some])
     bench.section.check(f"{subject} mixing", error, gate.BOUND, "direct sums in float64")
     mean = sum(w * s for _, w, s in found) / length
     of = (subject, f"{subject} mixing")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from .results import Results
 
+INSTALLED = find_spec("matplotlib") is not None
+
 
 @dataclass(frozen=True)
 class Plot:
@@ -29,7 +31,7 @@ PLOTS = {
 
 def draw(results: Results) -> list[Path]:
     """Write a PNG for each plot that has curves; none where matplotlib is not installed (extra `bench`)."""
-    if find_spec("matplotlib") is None:
+    if not INSTALLED:
         return []
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

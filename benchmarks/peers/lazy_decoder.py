@@ -16,9 +16,14 @@ from fi_compile.mixers.stack import ConvState
 
 from .native import sums
 
+BLOCK = 4
+
 
 class LazyState:
-    """Stands in for a stack's state with a base block of one position: pending sums are read off the history."""
+    """Stands in for a stack's state: at every position the sums pending there are read off the history.
+
+    The step itself sums what the newest inputs contribute, those of its base block: a few, see BLOCK.
+    """
 
     def __init__(self, state: ConvState, filters: Tensor) -> None:
         """filters [C, L]: those of the model, possibly of more lags than the decoder's capacity."""
@@ -32,20 +37,21 @@ class LazyState:
     def advance(self) -> None:
         """Store the newest inputs, and sum what all of them contribute to the next position."""
         t, self.position = self.position, self.position + 1
-        self.history[:, t] = self.state.block_inputs[0, 0]
-        self.state.block_pending[0, 0] = self.sum(self.position)
+        self.history[:, t] = self.state.block_inputs[t % BLOCK, 0]
+        self.state.block_pending[self.position % BLOCK, 0] = self.sum(self.position)
 
     def sum(self, t: int) -> Tensor:
-        """What inputs 0 ... t - 1 contribute to position t: [C]."""
-        return sums(self.history[:, :t], self.reversed[:, self.reversed.shape[1] - 1 - t :])[:, 0]
+        """What inputs before the block of position t contribute to it: [C]."""
+        past = t - t % BLOCK
+        return sums(self.history[:, :past], self.reversed[:, self.reversed.shape[1] - 1 - t :])[:, 0]
 
 
 def make_lazy(decoder: fi_compile.Decoder, filters: Tensor | None = None) -> LazyState:
-    """Make a decoder with `block=1`, one sequence at position 0, lazy; `filters` [C, L] to go beyond its own."""
+    """Make a decoder with `block=BLOCK`, one sequence at position 0, lazy; `filters` [C, L] to go beyond its own."""
     lane = _lane(decoder)
     assert lane.position == 0
     state = LazyState(lane.conv, filters_of(decoder) if filters is None else filters)
-    assert lane.conv.bank.block == lane.batch == 1
+    assert (lane.conv.bank.block, lane.batch) == (BLOCK, 1)
     lane.conv = state
     return state
 
