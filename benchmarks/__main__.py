@@ -39,7 +39,7 @@ def measure(results: Results, names: Sequence[str], sizes: Sizes, mode: str, *, 
     for name in names:
         section = Section(name)
         results.sections.append(section)
-        bench = Bench(sizes, mode, section, quiet)
+        bench = Bench(sizes, mode, section, quiet, results.write)
         try:
             with torch.no_grad():
                 MEASUREMENTS[name](bench)

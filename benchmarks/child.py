@@ -94,7 +94,7 @@ def memory(width: int, layers: int, length: int) -> dict[str, Any]:
 
 def predicted_bytes(report: Any) -> int:
     """What `explain` says a sequence of the capacity takes, with filters and spectra where it tells them."""
-    return int(getattr(report, "memory_bytes", 0) or report.state_bytes)
+    return sum(getattr(report, "bytes_of_mixing", {}).values()) or report.state_bytes
 
 
 def _status(name: str) -> int:

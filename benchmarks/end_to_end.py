@@ -42,7 +42,7 @@ def measure(bench: Bench, length: int) -> None:
     sizes, section, at = bench.sizes, bench.section, f"L={length}"
     model = models.hyena(sizes.width, sizes.layers, length)
     bench.say(f"{at}: analysis and compilation")
-    decoder = models.decoder_for(model, length)
+    decoder = bench.decoder(model, length)
     bench.say(f"{at}: {length} steps")
     steps = decode(decoder.step, models.random_ids(1, length))
     bench.say(f"{at}: the forward in float64")
@@ -92,7 +92,7 @@ def _lazy(bench: Bench, at: str, model: HyenaLM, filters: Tensor, length: int) -
     """Mean seconds of the lazy decoder over all positions."""
     bench.say(f"{at}: lazy decoder on the same step")
     room = min(1024, length)
-    decoder = models.decoder_for(model, room, block=BLOCK)
+    decoder = bench.decoder(model, room, block=BLOCK)
     state = make_lazy(decoder, filters)
     steps = decode(decoder.step, models.random_ids(1, CHECKED))
     subject = f"lazy decoder {at}"

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from torch import nn
+
+import fi_compile
+
+from .models import decoder_for
 from .results import Section, Target
 
 
@@ -13,7 +20,8 @@ class Sizes:
     """Lengths L in positions, widths in channels.
 
     ``channels`` and ``lengths``: mixing alone. ``tile_lengths``: the growth of tile time. ``width`` × ``layers``: the
-    model decoded, to each of ``decoded``. ``orders``, ``crossover``: recurrences against tiles.
+    model decoded, to each of ``decoded``. ``orders``, ``crossover``: recurrences against tiles. ``options``: those of
+    every decoder.
     """
 
     channels: int = 2048
@@ -37,6 +45,7 @@ class Sizes:
     crossover: tuple[int, ...] = tuple(1 << p for p in range(10, 18))
     crossover_channels: int = 512
     repeats: int = 5
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 SIZES = {
@@ -73,6 +82,7 @@ class Bench:
     mode: str
     section: Section
     quiet: bool = False
+    write: Callable[[], object] = lambda: None
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -84,7 +94,12 @@ class Bench:
         """A target, which is stated for the full sizes only."""
         return Target(relation, value) if self.full else None
 
+    def decoder(self, model: nn.Module, length: int, batch: int = 1, **options: Any) -> fi_compile.Decoder:
+        """A compiled decoder of a model, at position 0."""
+        return decoder_for(model, length, batch, **{**self.sizes.options, **options})
+
     def say(self, text: str) -> None:
-        """A line of progress."""
+        """A line of progress; what was found so far is written."""
+        self.write()
         if not self.quiet:
             print(f"[{time.perf_counter() - self.started:7.1f} s] {self.section.name}: {text}", flush=True)

@@ -17,7 +17,7 @@ def small(bench: Bench) -> None:
     sizes = bench.sizes
     model = models.hyena(sizes.small_width, sizes.layers, sizes.small_length)
     bench.say("analysis and compilation")
-    decoder = models.decoder_for(model, sizes.small_length)
+    decoder = bench.decoder(model, sizes.small_length)
     bench.say(f"{sizes.small_length} steps")
     steps = decode(decoder.step, models.random_ids(1, sizes.small_length))
     name = f"{sizes.layers} × {sizes.small_width} mean step"
@@ -38,7 +38,7 @@ def batch(bench: Bench) -> None:
     sizes = bench.sizes
     model = models.hyena(sizes.width, sizes.layers, sizes.batch_length)
     bench.say("analysis and compilation")
-    decoder = models.decoder_for(model, sizes.batch_length, sizes.batch)
+    decoder = bench.decoder(model, sizes.batch_length, sizes.batch)
     bench.say(f"{sizes.batch_length} steps")
     steps = decode(decoder.step, models.random_ids(sizes.batch, sizes.batch_length))
     bench.section.check("decoder", *models.check_logits(model, steps.logits))
@@ -59,12 +59,14 @@ def growing(bench: Bench) -> None:
     model = models.hyena(sizes.width, sizes.layers, length)
     given = models.random_ids(1, length)
     bench.say("decoder: analysis and compilation")
-    decoder = models.decoder_for(model, length)
+    decoder = bench.decoder(model, length)
     bench.say(f"decoder: {length} steps")
     steps = decode(decoder.step, given)
     bench.section.check("decoder", *models.check_logits(model, steps.logits))
     del decoder
-    fast = torch.compile(model, backend="flashinf", dynamic=True, options={"max_length": length})
+    fast = torch.compile(
+        model, backend="flashinf", dynamic=True, options={**sizes.options, "max_length": length}
+    )
     bench.say("torch.compile: first calls")
     start, seconds, rows = 16, [], []
     ids = given[:, :start]
@@ -98,7 +100,7 @@ def prefill(bench: Bench) -> None:
     model = models.hyena(sizes.width, sizes.layers, length + after)
     ids = models.random_ids(1, length + after)
     bench.say("analysis and compilation")
-    decoder = models.decoder_for(model, length + after)
+    decoder = bench.decoder(model, length + after)
     bench.say(f"prompt of {length} and {after} steps")
     first = decoder.prefill(ids[:, :length])[:, None]
     rows = torch.cat([first, decode(decoder.step, ids[:, length:]).logits], 1)

@@ -13,7 +13,19 @@ from fi_compile.mixers.stack import ConvState, FilterBank
 
 from .base import Peer
 
-BLOCK = 32
+try:
+    from fi_compile.costs import choose_tiling
+    from fi_compile.rates import rates_of_machine
+except ImportError:  # one tiling, no choice
+    choose_tiling = None
+
+
+def tiling(channels: int, length: int) -> tuple[dict[str, int], float | None]:
+    """The tiling that a decoder would choose, and the seconds a token that it predicts for it."""
+    if choose_tiling is None:
+        return {"block": 32}, None
+    found = choose_tiling(rates_of_machine(), length, channels)
+    return {"block": found.block, "radix": found.radix}, found.seconds
 
 
 def _step(pending: Tensor, inputs: Tensor, table: Tensor, skip: Tensor, local: Tensor, y: Tensor) -> Tensor:
@@ -28,9 +40,10 @@ class Flashinf(Peer):
     name = "flashinf"
     sampled = "every position run"
 
-    def __init__(self, filters: Tensor, history: Tensor | None = None, block: int = BLOCK) -> None:
-        """`history` is not used: the state has its own."""
-        self.bank = FilterBank(filters, channels_in=filters.shape[0], block=block)
+    def __init__(self, filters: Tensor) -> None:
+        """The history is the state's own."""
+        self.tiling, self.predicted = tiling(*filters.shape)
+        self.bank = FilterBank(filters, channels_in=filters.shape[0], **self.tiling)
         self.state = ConvState(self.bank, 1)
         self.filters = self.bank.filters
         self.local = torch.zeros(1, dtype=torch.int64)

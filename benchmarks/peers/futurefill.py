@@ -14,7 +14,7 @@ from .base import Peer, Piece, quadrature, spread
 from .recent import Recent
 from .transforms import Transform
 
-EPOCHS = (256, 512, 1024, 2048, 4096)
+EPOCHS = (128, 256, 512, 1024, 2048, 4096)
 
 
 class FutureFill(Peer):

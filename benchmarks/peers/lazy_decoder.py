@@ -34,11 +34,16 @@ class LazyState:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.state, name)
 
+    @property
+    def local(self) -> int:
+        """The position's row in the block's buffers."""
+        return self.position % BLOCK
+
     def advance(self) -> None:
         """Store the newest inputs, and sum what all of them contribute to the next position."""
         t, self.position = self.position, self.position + 1
         self.history[:, t] = self.state.block_inputs[t % BLOCK, 0]
-        self.state.block_pending[self.position % BLOCK, 0] = self.sum(self.position)
+        self.state.block_pending[self.local, 0] = self.sum(self.position)
 
     def sum(self, t: int) -> Tensor:
         """What inputs before the block of position t contribute to it: [C]."""
@@ -59,6 +64,11 @@ def make_lazy(decoder: fi_compile.Decoder, filters: Tensor | None = None) -> Laz
 def filters_of(decoder: fi_compile.Decoder) -> Tensor:
     """The long filters of all layers, [C, capacity]."""
     return _lane(decoder).conv.bank.filters
+
+
+def state_of(decoder: fi_compile.Decoder) -> ConvState:
+    """The state of all long convolutions of a decoder in lockstep."""
+    return _lane(decoder).conv
 
 
 def _lane(decoder: fi_compile.Decoder) -> Any:
