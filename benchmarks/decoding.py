@@ -10,7 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import fi_compile
+from fi_compile.lane import Lane
+from fi_compile.mixers.stack import ConvState
+
 from .measure import once, timed
+from .results import Section
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,44 @@ def decode(step: Callable[[Tensor], Tensor], ids: Tensor) -> Steps:
         seconds[t] = clock() - start
         rows.append(row)
     return Steps(seconds, torch.stack(rows, 1))
+
+
+def compiled_alone(decoder: fi_compile.Decoder) -> float:
+    """Median seconds of the compiled step of a decoder in lockstep, without what surrounds it; the sequence is lost."""
+    seconds: list[float] = []
+    for _ in range(8):
+        decoder.reset()
+        run = decoder.engine.step(lane_of(decoder))
+        # The graph itself goes on to the next position, which must not leave the base block.
+        seconds += [once(run) for _ in range(state_of(decoder).bank.block - 1)][1:]
+    decoder.reset()
+    return float(np.median(seconds))
+
+
+def lane_of(decoder: fi_compile.Decoder) -> Lane:
+    """Where a decoder in lockstep keeps the state of its rows."""
+    ((lane, _),) = decoder._lanes
+    return lane
+
+
+def state_of(decoder: fi_compile.Decoder) -> ConvState:
+    """The state of all long convolutions of a decoder in lockstep."""
+    state = lane_of(decoder).conv
+    assert state is not None
+    return state
+
+
+def where_time_goes(section: Section, name: str, of: str, steps: Steps, decoder: fi_compile.Decoder) -> None:
+    """Figures of the parts of a mean step: the compiled graph, what surrounds it, and the ends of blocks."""
+    plain = float(np.median(steps.without_block_ends(state_of(decoder).bank.block)))
+    alone = compiled_alone(decoder)
+    section.figure(f"{name}: compiled step alone", 1e6 * alone, "µs", of, note="median")
+    section.figure(
+        f"{name}: around it", 1e6 * (plain - alone), "µs", of, note="median of steps without tiles, less that"
+    )
+    section.figure(
+        f"{name}: tiles", 1e6 * (steps.mean - plain), "µs", of, note="mean of all steps, less that median"
+    )
 
 
 def read_seconds(nbytes: int) -> float:

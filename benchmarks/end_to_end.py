@@ -15,7 +15,7 @@ from examples.hyena import HyenaLM
 from fi_compile import Decoder
 
 from . import gate, models
-from .decoding import Steps, decode, read_seconds, seconds_at
+from .decoding import Steps, decode, read_seconds, seconds_at, where_time_goes
 from .measure import once
 from .peers import striped_hyena
 from .peers.base import quadrature, spread
@@ -33,7 +33,7 @@ def run(bench: Bench) -> None:
     for length in sizes.decoded:
         measure(bench, length)
         gc.collect()
-    _gpt(bench, max(sizes.decoded))
+    _gpt(bench)
     striped_hyena.measure(bench)
 
 
@@ -52,6 +52,7 @@ def measure(bench: Bench, length: int) -> None:
         f"{at} mean step", 1e6 * steps.mean, "µs", subject, note="over all positions, tiles included"
     )
     reading = _reading(bench, at, model, decoder, steps)
+    where_time_goes(section, at, subject, steps, decoder)
     filters = filters_of(decoder).clone()
     del decoder
     x, y = steps.by_position()
@@ -156,19 +157,19 @@ def _naive(bench: Bench, at: str, model: HyenaLM, length: int) -> float:
     return means["naive loop"]
 
 
-def _gpt(bench: Bench, length: int) -> None:
+def _gpt(bench: Bench) -> None:
     """A transformer of the same width and depth."""
-    sizes, subject, at = bench.sizes, "GPT with a KV cache", f"L={length}"
-    bench.say(f"{at}: {subject}")
+    sizes, subject = bench.sizes, "GPT with a KV cache"
+    bench.say(subject)
     torch.manual_seed(0)
-    model = GPT(models.VOCAB, sizes.width, sizes.layers, length).eval()
+    model = GPT(models.VOCAB, sizes.width, sizes.layers, max(sizes.decoded)).eval()
     decoder = GPTDecoder(model)
     steps = decode(lambda token: decoder.step(token)[None], models.random_ids(1, CHECKED))
     bench.section.check(subject, *models.check_logits(model, steps.logits))
     decoder.keys.normal_()
     decoder.values.normal_()
     token, cost = models.random_ids(1, 1)[:, 0], {}
-    for t, _ in quadrature(spread(length)):
+    for t in sorted({t for n in sizes.decoded for t in spread(n)}):
 
         def step(t: int = t) -> None:
             decoder.position = t
@@ -176,9 +177,7 @@ def _gpt(bench: Bench, length: int) -> None:
 
         cost[t] = seconds_at(step)
     for n in sizes.decoded:
-        mean = sum(w * cost[t] for t, w in quadrature(t for t in cost if t < n)) / (
-            1 + max(t for t in cost if t < n)
-        )
+        mean = sum(w * cost[t] for t, w in quadrature(spread(n))) / n
         bench.section.figure(
             f"L={n} {subject}", 1e6 * mean, "µs", subject, note="steps timed at sampled positions, integrated"
         )

@@ -11,8 +11,7 @@ import fi_compile
 from fi_compile.schedule import Schedule
 
 from . import models
-from .decoding import Steps, decode
-from .peers.lazy_decoder import state_of
+from .decoding import Steps, decode, state_of
 from .setup import Bench
 
 

@@ -75,6 +75,9 @@ def measure(bench: Bench, length: int) -> dict[str, tuple[str, float]]:
     chosen = ", ".join(f"{name} {value}" for name, value in peer.tiling.items())
     note = f"every position run, before and after the others ({max(again / seconds, seconds / again):.2f}×); {chosen}"
     section.figure(f"{at} flashinf", total, "s", f"flashinf {at}", note=note)
+    peer.restart()
+    tiles, name = once(peer.run_tiles), f"{at} flashinf, tiles and moving blocks alone"
+    section.figure(name, tiles, "s", f"flashinf {at}", note="the rest are sums inside blocks, and calls")
     if peer.predicted:
         off = total / length / peer.predicted
         note = f"predicted {peer.predicted * length:.3g} s from rates measured once on this machine"

@@ -7,7 +7,7 @@ import time
 import torch
 
 from . import models
-from .decoding import decode
+from .decoding import decode, where_time_goes
 from .measure import interleaved
 from .setup import Bench
 
@@ -30,7 +30,7 @@ def small(bench: Bench) -> None:
         bench.target("≤", 120),
         f"to L={sizes.small_length}, tiles included",
     )
-    bench.section.figure(name.replace("mean", "median"), 1e6 * steps.quantile(0.5), "µs", "decoder")
+    where_time_goes(bench.section, f"{sizes.layers} × {sizes.small_width}", "decoder", steps, decoder)
 
 
 def batch(bench: Bench) -> None:

@@ -270,7 +270,9 @@ def test_measurement_at_tiny_sizes(name: str, tmp_path: Path, monkeypatch: pytes
     assert section.error is None, section.error
     assert found.sound, section
     assert section.figures
-    assert all(np.isfinite(f.value) and f.value > 0 for f in section.figures if f.name != "call - step")
+    assert all(np.isfinite(f.value) for f in section.figures)
+    differences = ("call - step", ": around it", ": tiles")
+    assert all(f.value > 0 for f in section.figures if not f.name.endswith(differences))
     assert all(f.target is None for f in section.figures)  # stated for the full sizes only
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fi_compile
+from benchmarks.decoding import lane_of, state_of
 from fi_compile.mixers.stack import ConvState
 
 from .native import sums
@@ -53,7 +54,7 @@ class LazyState:
 
 def make_lazy(decoder: fi_compile.Decoder, filters: Tensor | None = None) -> LazyState:
     """Make a decoder with `block=BLOCK`, one sequence at position 0, lazy; `filters` [C, L] to go beyond its own."""
-    lane = _lane(decoder)
+    lane: Any = lane_of(decoder)
     assert lane.position == 0
     state = LazyState(lane.conv, filters_of(decoder) if filters is None else filters)
     assert (lane.conv.bank.block, lane.batch) == (BLOCK, 1)
@@ -63,17 +64,7 @@ def make_lazy(decoder: fi_compile.Decoder, filters: Tensor | None = None) -> Laz
 
 def filters_of(decoder: fi_compile.Decoder) -> Tensor:
     """The long filters of all layers, [C, capacity]."""
-    return _lane(decoder).conv.bank.filters
-
-
-def state_of(decoder: fi_compile.Decoder) -> ConvState:
-    """The state of all long convolutions of a decoder in lockstep."""
-    return _lane(decoder).conv
-
-
-def _lane(decoder: fi_compile.Decoder) -> Any:
-    ((lane, _),) = decoder._lanes
-    return lane
+    return state_of(decoder).bank.filters
 
 
 def random_past(state: LazyState) -> None:
