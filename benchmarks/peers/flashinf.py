@@ -1,0 +1,70 @@
+"""flashinf's own mixing: the stack of channels, its schedule and tiles, and the sum inside the base block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.compiled import compiled
+from fi_compile.kernels.block import block_step
+from fi_compile.mixers.stack import ConvState, FilterBank
+
+from .base import Peer
+
+try:
+    from fi_compile.costs import choose_tiling
+    from fi_compile.rates import rates_of_machine
+except ImportError:  # one tiling, no choice
+    choose_tiling = None
+
+
+def tiling(channels: int, length: int) -> tuple[dict[str, int], float | None]:
+    """The tiling that a decoder would choose, and the seconds a token that it predicts for it."""
+    if choose_tiling is None:
+        return {"block": 32}, None
+    found = choose_tiling(rates_of_machine(), length, channels)
+    return {"block": found.block, "radix": found.radix}, found.seconds
+
+
+def _step(pending: Tensor, inputs: Tensor, table: Tensor, skip: Tensor, local: Tensor, y: Tensor) -> Tensor:
+    z = block_step(pending, inputs, table, local) + skip * y
+    inputs.index_copy_(0, local, y.unsqueeze(0))
+    return z
+
+
+class Flashinf(Peer):
+    """The real state machine: what a decoder's lane does around its step, for every position."""
+
+    name = "flashinf"
+    sampled = "every position run"
+
+    def __init__(self, filters: Tensor) -> None:
+        """The history is the state's own."""
+        self.tiling, self.predicted = tiling(*filters.shape)
+        self.bank = FilterBank(filters, channels_in=filters.shape[0], **self.tiling)
+        self.state = ConvState(self.bank, 1)
+        self.filters = self.bank.filters
+        self.local = torch.zeros(1, dtype=torch.int64)
+        y = filters.new_zeros(1, filters.shape[0])
+        self._run: Callable[..., Tensor] = compiled(_step, *self._tensors(), y)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        state, bank = self.state, self.bank
+        return state.block_pending, state.block_inputs, bank.block_table, bank.skip, self.local
+
+    def push(self, y: Tensor) -> Tensor:
+        self.local.fill_(self.state.local)
+        z = self._run(*self._tensors(), y.unsqueeze(0))
+        self.state.advance()
+        return z[0]
+
+    def restart(self) -> None:
+        """Back to position 0."""
+        self.state.restart(0)
+
+    def run_tiles(self) -> None:
+        """All positions without the sums inside blocks: tiles, and moving blocks between them."""
+        for _ in range(self.length):
+            self.state.advance()
