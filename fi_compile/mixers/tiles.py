@@ -6,7 +6,6 @@ in how that state lies in memory: transforms of torch want positions contiguous,
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +95,7 @@ class TorchTiles:
 
 
 class TritonTiles(TorchTiles):
-    """Tiles by Triton: direct in registers, then transforms on matrix units; torch's transforms beyond those.
+    """Tiles by Triton: direct in registers, then transforms on matrix units, in one launch or in three; or torch's.
 
     The choice goes by what was measured (see `kernels.tuning`), else by the time that an H100's datasheet predicts.
     """
@@ -109,13 +108,14 @@ class TritonTiles(TorchTiles):
         target: Tensor | None = None,
     ):
         # Only here: who stays with torch's kernels needs no Triton.
-        from fi_compile.kernels import monarch, tile_direct, tile_fft, tuning
+        from fi_compile.kernels import monarch, tile_direct, tile_fft, tile_stream, tuning
         from fi_compile.kernels.gpu import H100
 
         if target is not None:
             raise ValueError("the Triton kernels serve one input a channel")
         super().__init__(filters, source, filter_index)
         self._direct, self._fft, self._monarch, self._rates = tile_direct, tile_fft, monarch, H100
+        self._stream = tile_stream
         self._largest = monarch.largest_side(filters.device)
         self._architecture, self._batch = tuning.architecture(filters.device), 1
         try:
@@ -138,10 +138,11 @@ class TritonTiles(TorchTiles):
         return state.permute(2, 0, 1).index_select(1, index).permute(1, 2, 0)
 
     def offered(self, side: int) -> list[str]:
-        """The forms that serve tiles of `side`: `direct` and `matrix` by kernels, `fft` by torch."""
+        """The forms that serve tiles of `side`: `direct`, `matrix` and `stream` by kernels, `fft` by torch."""
         forms = ["direct"] if side <= self._direct.LARGEST else []
-        if self.filters.dtype == torch.float32 and side <= self._largest:
-            forms.append("matrix")
+        if self.filters.dtype == torch.float32:
+            forms += ["matrix"] if side <= self._largest else []
+            forms += ["stream"] if self._stream.stream_for(side, self.filters.device) else []
         return [*forms, "fft"]
 
     def form(self, tile: Tile) -> str:
@@ -156,11 +157,15 @@ class TritonTiles(TorchTiles):
         return found or min(forms, key=lambda form: self._seconds(form, side, length))
 
     def _seconds(self, form: str, side: int, length: int) -> float:
-        """What the datasheet predicts for one channel; torch's transforms are not foreseen where a kernel serves."""
+        """What the datasheet predicts for one channel."""
         if form == "direct":
             return self._rates.seconds(**self._direct.tile_direct_traffic(side, length))
-        split = self._monarch.split_for(side)
-        return self._rates.seconds(**self._fft.tile_fft_traffic(split)) if form == "matrix" else math.inf
+        split, stream = self._monarch.split_for(side), self._stream.stream_for(side, self.filters.device)
+        if form == "matrix" and split is not None:
+            return self._rates.seconds(**self._fft.tile_fft_traffic(split))
+        if form == "stream" and stream is not None:
+            return self._rates.seconds(**self._stream.tile_stream_traffic(stream))
+        return self._rates.seconds(**self._stream.torch_traffic(side))
 
     def add(self, tile: Tile, history: Tensor, pending: Tensor, *kept: Any) -> None:
         """Add to pending what a tile's inputs in history contribute."""
@@ -174,6 +179,9 @@ class TritonTiles(TorchTiles):
         elif form == "matrix":
             spectrum = self._keep(form, side, self._monarch.tile_spectrum_gpu)
             self._fft.add_tile_fft_gpu(outputs, inputs, spectrum, *self.maps[:2])
+        elif form == "stream":
+            spectrum = self._keep(form, side, self._stream.tile_spectrum_stream)
+            self._stream.add_tile_stream_gpu(outputs, inputs, spectrum, *self.maps[:2])
         else:
             super()._run(form, side, outputs, inputs)
 
