@@ -7,8 +7,8 @@ import torch
 from fi_compile.kernels.gpu import H100
 from fi_compile.kernels.monarch import split_for
 from fi_compile.kernels.tile_direct import tile_direct_traffic
-from fi_compile.kernels.tile_fft import tile_fft_traffic
-from fi_compile.kernels.tile_stream import STREAMS, channels_at_once, tile_stream_traffic, torch_traffic
+from fi_compile.kernels.tile_fft import tile_fft_traffic, torch_traffic
+from fi_compile.kernels.tile_stream import STREAMS, channels_at_once, tile_stream_traffic
 from fi_compile.mixers.tiles import TritonTiles
 from fi_compile.schedule import Schedule, Tile
 

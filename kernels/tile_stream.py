@@ -12,7 +12,6 @@ the mathematics in `monarch`. Source: FlashFFTConv (arXiv 2311.05908), section 3
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -336,19 +335,6 @@ def tile_stream_traffic(stream: Stream) -> dict[str, float]:
         "writes": 4.0 * side * (2 + 2 + 1),
         "dots": products,
         "flops": products + side * 31.0,
-    }
-
-
-def torch_traffic(side: int) -> dict[str, float]:
-    """The same for a tile by torch's transforms, every pass over memory counted.
-
-    Copy the inputs together, transform, multiply by the spectrum, transform back, add the upper half.
-    """
-    transforms = 2 * 2.5 * 2 * side * math.log2(2 * side)
-    return {
-        "reads": 4.0 * side * (1 + 1 + 2 + 2 + 2 + 1 + 1),
-        "writes": 4.0 * side * (1 + 2 + 2 + 2 + 1),
-        "flops": transforms + 6 * (side + 1) + side,
     }
 
 

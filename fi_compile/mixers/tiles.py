@@ -165,7 +165,7 @@ class TritonTiles(TorchTiles):
             return self._rates.seconds(**self._fft.tile_fft_traffic(split))
         if form == "stream" and stream is not None:
             return self._rates.seconds(**self._stream.tile_stream_traffic(stream))
-        return self._rates.seconds(**self._stream.torch_traffic(side))
+        return self._rates.seconds(**self._fft.torch_traffic(side))
 
     def add(self, tile: Tile, history: Tensor, pending: Tensor, *kept: Any) -> None:
         """Add to pending what a tile's inputs in history contribute."""
