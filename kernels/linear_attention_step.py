@@ -111,15 +111,18 @@ def linear_attention_step_gpu(
 ) -> Tensor:
     """The output [B, H, E]; writes the new state into the ring.
 
-    ring [R, B, H, D, E] contiguous, R >= 2, the state after position p in row `p mod R`; query and key [B, H, D], value
-    [B, H, E] or None for ones (E = 1), now and past [1] or [H], of one dtype, float32 or float64; decay as those,
-    float64; position: int64 of one element. Raises ValueError where they do not fit together.
+    ring [R, B, …] contiguous, R >= 2, H·D·E values a row, the state after position p in row `p mod R`; query and key
+    [B, H, D], value [B, H, E] or None for ones (E = 1), now and past [1] or [H], of one dtype, float32 or float64;
+    decay as those, float64; position: int64 of one element. Raises ValueError where they do not fit together.
     """
-    rows, batch, heads, d, e = ring.shape
-    if rows < 2 or not ring.is_contiguous():
-        raise ValueError(f"a ring is contiguous and has two rows at least, found {list(ring.shape)}")
-    if value is None and e != 1:
-        raise ValueError(f"without values a state has one column, found {e}")
+    rows = ring.shape[0]
+    batch, heads, d = query.shape
+    e = 1 if value is None else value.shape[-1]
+    if rows < 2 or not ring.is_contiguous() or ring[0].numel() != batch * heads * d * e:
+        raise ValueError(
+            f"a ring is contiguous, of two rows at least with {batch * heads * d * e} values each; found"
+            f" {list(ring.shape)}"
+        )
     count = now.numel()
     if (
         count not in (1, heads)
@@ -177,11 +180,11 @@ def linear_attention_step_torch(
 ) -> Tensor:
     """The same by torch."""
     rows = ring.shape[0]
-    state = ring.index_select(0, (position - 1) % rows)[0]
+    state = ring.index_select(0, (position - 1) % rows).view(*query.shape, -1)
     outer = key.unsqueeze(-1) if value is None else key.unsqueeze(-1) * value.unsqueeze(-2)
     now, past, decay = (x.reshape(-1, 1, 1) for x in (now, past, decay))
     out = (query.unsqueeze(-1) * (past * state + now * outer)).sum(-2)
-    ring.index_copy_(0, position % rows, (decay * state + outer).to(ring.dtype).unsqueeze(0))
+    ring.index_copy_(0, position % rows, (decay * state + outer).to(ring.dtype).view(1, *ring.shape[1:]))
     return out
 
 
@@ -195,8 +198,10 @@ _library.impl("linear_attention_step", linear_attention_step_gpu, "CUDA")
 
 
 @torch.library.register_fake("flashinf::linear_attention_step", lib=_library)
-def _shape(ring: Tensor, position: Tensor, query: Tensor, *rest: Tensor) -> Tensor:
-    return query.new_empty(ring.shape[1], ring.shape[2], ring.shape[4])
+def _shape(
+    ring: Tensor, position: Tensor, query: Tensor, key: Tensor, value: Tensor | None, *rest: Tensor
+) -> Tensor:
+    return query.new_empty(*query.shape[:2], 1 if value is None else value.shape[-1])
 
 
 def linear_attention_step(
@@ -219,7 +224,7 @@ def linear_attention_step(
     batch = ring.shape[1]
     value = keys[1].reshape(batch, heads, e) if len(keys) == 2 else None
     out = torch.ops.flashinf.linear_attention_step(
-        ring.view(ring.shape[0], batch, heads, d, e),
+        ring,
         position,
         queries[0].reshape(batch, heads, d),
         keys[0].reshape(batch, heads, d),

@@ -216,3 +216,76 @@ def test_tiles_are_captured(without_gradients):
         graph.replay()
         graph.replay()
         torch.testing.assert_close(twice, 2 * once, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_streamed_tiles(batch):
+    from fi_compile.kernels.tile_stream import STREAMS, add_tile_stream_gpu, stream_for, tile_spectrum_stream
+
+    for side in (s for s in STREAMS if stream_for(s, DEVICE)):
+        for length in (side, side - 5):
+            problem = tile_problem(side, length, batch, torch.float32, False)
+            inputs, filters, source, index, outputs, expected, scale = problem
+            add_tile_stream_gpu(outputs, inputs, tile_spectrum_stream(filters, side), source, index)
+            assert_close(outputs, expected, scale, units=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("taps", "maps"), [(3, False), (128, True)])
+def test_short_conv_step(taps, maps, dtype):
+    from fi_compile.kernels.short_conv import short_conv_step_reference
+    from fi_compile.kernels.short_conv_step import short_conv_step
+
+    source = torch.randint(CHANNELS, (CHANNELS + 5,), device=DEVICE) if maps else None
+    kernel = rand(taps, CHANNELS + 5 if maps else CHANNELS, dtype=dtype, seed=1).to(DEVICE)
+    ring = rand(taps + 64, 3, CHANNELS, dtype=dtype).to(DEVICE)
+    for position in (0, taps, 1000):
+        x = rand(3, CHANNELS, dtype=dtype, seed=position + 2).to(DEVICE)
+        expected, ring_after = short_conv_step_reference(
+            ring.double(), position, x.double(), kernel.double(), source
+        )
+        found = short_conv_step(ring, torch.tensor([position], device=DEVICE), x, kernel, source)
+        assert_close(found, expected, 20.0 * taps, units=3)
+        assert torch.equal(ring.double(), ring_after)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("d", "e"), [(64, 64), (128, 128), (80, 50)])
+def test_linear_attention_step(d, e, dtype):
+    from fi_compile.kernels.linear_attention import Contraction, attention_step
+    from fi_compile.kernels.linear_attention_step import linear_attention_step
+
+    how = Contraction(("ab",), ("ab", "ac"), "ac", "a", {"a": 12, "b": d, "c": e})
+    ring = torch.zeros(4, 3, 12, d, e, dtype=dtype, device=DEVICE)
+    state = torch.zeros(3, 12, d, e, dtype=torch.float64, device=DEVICE)
+    now, past, decay = (rand(12, 1, 1, seed=s).sigmoid().to(DEVICE) for s in (1, 2, 3))
+    for t in range(6):
+        q, k = (rand(3, 12, d, dtype=dtype, seed=10 * t + s).to(DEVICE) for s in (4, 5))
+        v = rand(3, 12, e, dtype=dtype, seed=10 * t + 6).to(DEVICE)
+        at = torch.tensor([t], device=DEVICE)
+        found = linear_attention_step(ring, at, [q], [k, v], now.to(dtype), past.to(dtype), decay, how)
+        expected, state = attention_step(state, [q.double()], [k.double(), v.double()], now, past, decay, how)
+        assert_close(found, expected, 20.0 * d, units=3)
+        assert_close(ring[t % 4], state, 40.0, units=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gates", [False, True])
+def test_long_conv_without_frequencies(gates, dtype):
+    from fi_compile.kernels.long_conv_sparse import (
+        long_conv_sparse,
+        long_conv_sparse_reference,
+        sparsify_blocks,
+    )
+
+    length, width = 4500, 16
+    u, pre, post = (channels_last(rand(2, width, length, dtype=dtype, seed=s)) for s in range(3))
+    k = rand(width, length, dtype=torch.float32, seed=3) * torch.exp(-torch.arange(length) / 1500)
+    spectra = sparsify_blocks(k, length, device=DEVICE)
+    x = u.double() * pre.double() if gates else u.double()
+    expected = long_conv_sparse_reference(x.cpu(), k, spectra.columns.cpu(), spectra.split).to(DEVICE)
+    expected = expected * post.double() if gates else expected
+    scale = x.norm(dim=-1).max() * k.double().norm(dim=-1).max().to(DEVICE)
+    scale = scale * (post.double().abs().max() if gates else 1)
+    found = long_conv_sparse(u, spectra, *((pre, post) if gates else ()))
+    assert_close(found, expected, float(scale), units=4)
