@@ -16,11 +16,29 @@ import triton
 
 from benchmarks.offline import ARCHITECTURES, Architecture, Compiled, compile_variant
 from benchmarks.prediction import prediction
-from fi_compile.kernels import block_step, long_conv_fft, tile_direct, tile_fft
+from fi_compile.kernels import (
+    block_step,
+    linear_attention_step,
+    long_conv_fft,
+    long_conv_sparse,
+    short_conv_step,
+    tile_direct,
+    tile_fft,
+    tile_stream,
+)
 from fi_compile.kernels.gpu import Variant
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
-MODULES = (tile_direct, tile_fft, block_step, long_conv_fft)
+MODULES = (
+    tile_direct,
+    tile_fft,
+    tile_stream,
+    block_step,
+    short_conv_step,
+    linear_attention_step,
+    long_conv_fft,
+    long_conv_sparse,
+)
 
 INTRODUCTION = """# Triton kernels, compiled
 

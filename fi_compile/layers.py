@@ -219,6 +219,11 @@ def is_write(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def returns_written(node: fx.Node) -> bool:
+    """Whether what a node returns is its first argument, which it wrote to."""
+    return is_write(node) and _may_be_view(node)
+
+
 def _may_be_view(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target is operator.getitem

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .errors import FlashinfWarning
-from .layers import Layers, Run, is_write, split_layers, whole
+from .layers import Layers, Run, is_write, returns_written, split_layers, whole
 from .native import INDUCTOR, compile_native
 from .step import StepProgram
 
@@ -75,7 +75,7 @@ class CompiledStep:
             )(*example)
         graph = module.graph
         for node in graph.nodes:
-            if node.op == "call_function" and is_write(node):
+            if node.op == "call_function" and returns_written(node):
                 node.replace_all_uses_with(node.args[0])
         graph.eliminate_dead_code()
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from .kernels.block import block_sum
 from .mixers.convolution import Convolution
-from .mixers.increments import Increment, Mixer, increment_of, weights_of
+from .mixers.increments import Increment, Mixer, increment_of, on_kernels, weights_of
 from .mixers.reference import sum_pairs
 from .program import Program, Rewrite
 from .units import ALL, NEW, Plan, Unit, run_unit, take_row
@@ -44,7 +44,7 @@ class StepProgram:
     ``block_inputs:m``, ``block_pending:m``, ``block_table:m``, ``skip:m`` the channels of mixer m in the stack, or,
     where one launch of a kernel serves them all, ``block_inputs`` … and ``source`` of the whole. Histories are
     read up to ``reach`` rows (None: all there are), which must exceed the position.
-    ``kernels``: what sums the base block, ``torch`` or ``triton``.
+    ``kernels``: what sums the base block and steps short convolutions and linear attention, ``torch`` or ``triton``.
     """
 
     program: Program
@@ -88,7 +88,8 @@ class StepProgram:
     @cached_property
     def windows(self) -> Mapping[str, Increment]:
         """The ring-keeping increments by mixer name."""
-        return {m.name: w for m in self.mixers if (w := increment_of(m, self.capacity)) is not None}
+        found = ((m.name, increment_of(m, self.capacity)) for m in self.mixers)
+        return {name: on_kernels(w, self.kernels) for name, w in found if w is not None}
 
     @cached_property
     def axes(self) -> Mapping[fx.Node, tuple[int, ...]]:

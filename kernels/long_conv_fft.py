@@ -28,6 +28,97 @@ MOST_BLOCKS = 8
 
 
 @triton.jit
+def enter_block(
+    p_u,
+    p_pre,
+    p_first,
+    p_twiddle,
+    i,
+    i_b,
+    o_w,
+    m_c,
+    length,
+    s_u_b,
+    s_u_c,
+    s_u_t,
+    s_pre_b,
+    s_pre_c,
+    s_pre_t,
+    HAS_PRE: tl.constexpr,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Block i of pre · u as far as the twiddles: the two parts, [BC·H, N]."""
+    o_h, o_n = tl.arange(0, H), tl.arange(0, N)
+    o_t = o_h[:, None] * N + o_n[None, :]
+    o_k = (i * (H * N) + o_t).to(tl.int64)
+    m = (o_k < length)[:, :, None] & m_c[None, None, :]
+    p = p_u + i_b * s_u_b + o_k[:, :, None] * s_u_t + o_w[None, None, :] * s_u_c
+    x = tl.load(p, mask=m, other=0.0).to(tl.float32)
+    if HAS_PRE:
+        p = p_pre + i_b * s_pre_b + o_k[:, :, None] * s_pre_t + o_w[None, None, :] * s_pre_c
+        x *= tl.load(p, mask=m, other=0.0).to(tl.float32)
+    x = tl.reshape(tl.permute(x, (2, 1, 0)), (BC * N, H))
+    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
+    ar = tl.permute(tl.reshape(tl.dot(x, tl.trans(fr), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
+    ai = tl.permute(tl.reshape(tl.dot(x, tl.trans(fi), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
+    tr, ti = load_pair(p_twiddle, o_t[None, :, :], H * N)
+    ar, ai = times(ar, ai, tr, ti)
+    return tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
+
+
+@triton.jit
+def leave_block(
+    ar,
+    ai,
+    p_y,
+    p_post,
+    p_first,
+    p_twiddle,
+    i_j,
+    i_b,
+    o_c,
+    m_c,
+    length,
+    s_y_b,
+    s_y_t,
+    s_post_b,
+    s_post_c,
+    s_post_t,
+    HAS_POST: tl.constexpr,
+    ADD: tl.constexpr,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write block i_j of the outputs, from the two parts [BC·H, N] on, or add to it; y has contiguous channels."""
+    o_h, o_n = tl.arange(0, H), tl.arange(0, N)
+    o_t = o_h[:, None] * N + o_n[None, :]
+    tr, ti = load_pair(p_twiddle, o_t[None, :, :], H * N)
+    ar, ai = times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), tr, -ti)
+    ar = tl.reshape(tl.permute(ar, (0, 2, 1)), (BC * N, H))
+    ai = tl.reshape(tl.permute(ai, (0, 2, 1)), (BC * N, H))
+    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
+    y = tl.dot(ar, fr, input_precision=PRECISION)
+    y = tl.dot(ai, fi, acc=y, input_precision=PRECISION)
+    y = tl.permute(tl.reshape(y, (BC, N, H)), (2, 1, 0))
+
+    o_k = (i_j * (H * N) + o_t).to(tl.int64)
+    m = (o_k < length)[:, :, None] & m_c[None, None, :]
+    if HAS_POST:
+        o_w = o_c.to(tl.int64)
+        p = p_post + i_b * s_post_b + o_k[:, :, None] * s_post_t + o_w[None, None, :] * s_post_c
+        y *= tl.load(p, mask=m, other=0.0).to(tl.float32)
+    p = p_y + i_b * s_y_b + o_k[:, :, None] * s_y_t + o_c[None, None, :]
+    if ADD:
+        y += tl.load(p, mask=m, other=0.0).to(tl.float32)
+    tl.store(p, y.to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def long_conv_kernel(
     p_y,
     p_u,
@@ -39,6 +130,7 @@ def long_conv_kernel(
     p_second,
     length,
     reach,
+    group,
     channels,
     s_y_b,
     s_y_t,
@@ -58,7 +150,10 @@ def long_conv_kernel(
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program computes block i_j of the outputs of BC channels of one row; y has contiguous channels."""
+    """A program computes block i_j of the outputs of BC channels of one row; y has contiguous channels.
+
+    Blocks meet within their group only, of `group` blocks each.
+    """
     i_j, i_c = tl.program_id(0), tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)
@@ -70,21 +165,29 @@ def long_conv_kernel(
     gr, gi = load_pair(p_second, o_n[:, None] * N + o_n[None, :], N * N)
     sum_r = tl.zeros((BC * H, N), tl.float32)
     sum_i = tl.zeros((BC * H, N), tl.float32)
-    for i in range(tl.maximum(i_j - reach + 1, 0), i_j + 1):
-        o_k = (i * (H * N) + o_t).to(tl.int64)
-        m = (o_k < length)[:, :, None] & m_c[None, None, :]
-        p = p_u + i_b * s_u_b + o_k[:, :, None] * s_u_t + o_w[None, None, :] * s_u_c
-        x = tl.load(p, mask=m, other=0.0).to(tl.float32)
-        if HAS_PRE:
-            p = p_pre + i_b * s_pre_b + o_k[:, :, None] * s_pre_t + o_w[None, None, :] * s_pre_c
-            x *= tl.load(p, mask=m, other=0.0).to(tl.float32)
-        x = tl.reshape(tl.permute(x, (2, 1, 0)), (BC * N, H))
-        fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
-        ar = tl.permute(tl.reshape(tl.dot(x, tl.trans(fr), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
-        ai = tl.permute(tl.reshape(tl.dot(x, tl.trans(fi), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
-        tr, ti = load_pair(p_twiddle, o_t[None, :, :], H * N)
-        ar, ai = times(ar, ai, tr, ti)
-        ar, ai = tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
+    for i in range(tl.maximum(i_j - reach + 1, i_j - i_j % group), i_j + 1):
+        ar, ai = enter_block(
+            p_u,
+            p_pre,
+            p_first,
+            p_twiddle,
+            i,
+            i_b,
+            o_w,
+            m_c,
+            length,
+            s_u_b,
+            s_u_c,
+            s_u_t,
+            s_pre_b,
+            s_pre_c,
+            s_pre_t,
+            HAS_PRE,
+            H,
+            N,
+            BC,
+            PRECISION,
+        )
         ar, ai = dot_pair(ar, ai, gr, gi, PRECISION)
         p = p_spectrum + o_s + (i_j - i) * (2 * H * N)
         sr = tl.reshape(tl.load(p, mask=m_c[:, None, None], other=0.0), (BC * H, N))
@@ -94,22 +197,30 @@ def long_conv_kernel(
         sum_i += ai
 
     ar, ai = dot_pair(sum_r, sum_i, gr, -gi, PRECISION)
-    tr, ti = load_pair(p_twiddle, o_t[None, :, :], H * N)
-    ar, ai = times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), tr, -ti)
-    ar = tl.reshape(tl.permute(ar, (0, 2, 1)), (BC * N, H))
-    ai = tl.reshape(tl.permute(ai, (0, 2, 1)), (BC * N, H))
-    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
-    y = tl.dot(ar, fr, input_precision=PRECISION)
-    y = tl.dot(ai, fi, acc=y, input_precision=PRECISION)
-    y = tl.permute(tl.reshape(y, (BC, N, H)), (2, 1, 0))
-
-    o_k = (i_j * (H * N) + o_t).to(tl.int64)
-    m = (o_k < length)[:, :, None] & m_c[None, None, :]
-    if HAS_POST:
-        p = p_post + i_b * s_post_b + o_k[:, :, None] * s_post_t + o_w[None, None, :] * s_post_c
-        y *= tl.load(p, mask=m, other=0.0).to(tl.float32)
-    p = p_y + i_b * s_y_b + o_k[:, :, None] * s_y_t + o_c[None, None, :]
-    tl.store(p, y.to(p_y.dtype.element_ty), mask=m)
+    leave_block(
+        ar,
+        ai,
+        p_y,
+        p_post,
+        p_first,
+        p_twiddle,
+        i_j,
+        i_b,
+        o_c,
+        m_c,
+        length,
+        s_y_b,
+        s_y_t,
+        s_post_b,
+        s_post_c,
+        s_post_t,
+        HAS_POST,
+        False,
+        H,
+        N,
+        BC,
+        PRECISION,
+    )
 
 
 def blocks_met(length: int, lags: int, side: int) -> int:
@@ -136,12 +247,29 @@ def conv_gpu(
     """
     batch, channels, length = u.shape
     split = SPLITS[has_room(u.device)]
-    h, n = split.h, split.n
-    reach = blocks_met(length, k.shape[-1], h * n)
+    reach = blocks_met(length, k.shape[-1], split.length // 2)
     out = u.new_empty(batch, length, channels).transpose(1, 2)
-    if not out.numel():
-        return out.contiguous()
-    spectra = _spectra(k[:, :length], reach, split)
+    if out.numel():
+        launch(out, u, spectra_of(k[:, :length], reach, split), pre, post, split, reverse=reverse)
+    return out.contiguous()
+
+
+def launch(
+    out: Tensor,
+    u: Tensor,
+    spectra: Tensor,
+    pre: Tensor | None,
+    post: Tensor | None,
+    split: Split,
+    group: int = 1 << 30,
+    reverse: bool = False,
+) -> None:
+    """Write the convolution with spectra [C, reach, 2, H, N] to `out` [B, C, L], contiguous in channels.
+
+    Blocks of different groups, of `group` blocks each, do not meet.
+    """
+    batch, channels, length = u.shape
+    h, n = split.h, split.n
     first, twiddle, second = factors(h, n, u.device)
     operands = [(out, out), (u, u), (pre, u), (post, u)]
     pointers, strides = [], []
@@ -163,7 +291,8 @@ def conv_gpu(
         twiddle,
         second,
         length,
-        reach,
+        spectra.shape[1],
+        group,
         channels,
         strides[0][0],
         strides[0][2],
@@ -178,10 +307,9 @@ def conv_gpu(
         PRECISION=dot_precision(),
         num_warps=split.warps,
     )
-    return out.contiguous()
 
 
-def _spectra(k: Tensor, reach: int, split: Split) -> Tensor:
+def spectra_of(k: Tensor, reach: int, split: Split) -> Tensor:
     """What a block contributes at each distance: float32 [C, reach, 2, H, N]."""
     side = split.length // 2
     padded = torch.nn.functional.pad(k.float(), (side, max(0, reach * side - k.shape[-1])))
@@ -207,7 +335,7 @@ def variants() -> Iterator[Variant]:
         floats = [a for a in long_conv_kernel.arg_names if a.startswith("p_")]
         inner = ("p_spectrum", "p_first", "p_twiddle", "p_second")
         strides = [a for a in long_conv_kernel.arg_names if a.startswith("s_") and not a.endswith("_c")]
-        integers = ["length", "reach", "channels", *strides]
+        integers = ["length", "reach", "group", "channels", *strides]
         # Half of a tile's products are its way there, half its way back.
         dots = cost["dots"] * (met + blocks) / 2
         yield Variant(

@@ -76,23 +76,30 @@ def largest_side(device: torch.device) -> int:
     return max(s.length for s in SPLITS.values() if room or s.narrow) // 2
 
 
-def _unit(angle: Tensor) -> Tensor:
+def unit(angle: Tensor) -> Tensor:
     """exp(-2πi·angle), of float64 angles, as [2, ...] float64."""
     angle = -2 * math.pi * angle
     return torch.stack([angle.cos(), angle.sin()])
 
 
 @lru_cache
-def factors(h: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The products' matrices and the twiddles, real and imaginary parts: [2, H, H], [2, H, N], [2, N, N]."""
+def outer_factors(h: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first product's matrix and the twiddles, real and imaginary parts: [2, H, H], [2, H, N]."""
     with torch.inference_mode(False):
         rows = torch.arange(h, dtype=torch.float64)[:, None] + 0.5
+        first = unit(rows * torch.arange(h) / (2 * h))
+        twiddle = unit(rows * torch.arange(n, dtype=torch.float64) / (2 * h * n))
+        first, twiddle = (x.float().to(device).contiguous() for x in (first, twiddle))
+    return first, twiddle
+
+
+@lru_cache
+def factors(h: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """All factors, real and imaginary parts: `outer_factors`, and the second product's matrix [2, N, N]."""
+    with torch.inference_mode(False):
         columns = torch.arange(n, dtype=torch.float64)
-        first = _unit(rows * torch.arange(h) / (2 * h))
-        twiddle = _unit(rows * columns / (2 * h * n))
-        second = _unit(columns[:, None] * columns / n)
-        first, twiddle, second = (x.float().to(device).contiguous() for x in (first, twiddle, second))
-    return first, twiddle, second
+        second = unit(columns[:, None] * columns / n).float().to(device).contiguous()
+    return *outer_factors(h, n, device), second
 
 
 def tile_spectrum_gpu(filters: Tensor, side: int) -> Tensor:

@@ -9,6 +9,7 @@ section 3; Flash Inference (arXiv 2410.12982), algorithm 2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import triton
@@ -173,6 +174,19 @@ def tile_fft_traffic(split: Split) -> dict[str, float]:
         "writes": 4.0 * side,
         "dots": products,
         "flops": products + 18.0 * h * n + side,
+    }
+
+
+def torch_traffic(side: int) -> dict[str, float]:
+    """The same for a tile of `side` by torch's transforms, every pass over memory counted.
+
+    Copy the inputs together, transform, multiply by the spectrum, transform back, add the upper half.
+    """
+    transforms = 2 * 2.5 * 2 * side * math.log2(2 * side)
+    return {
+        "reads": 4.0 * side * (1 + 1 + 2 + 2 + 2 + 1 + 1),
+        "writes": 4.0 * side * (1 + 2 + 2 + 2 + 1),
+        "flops": transforms + 6 * (side + 1) + side,
     }
 
 

@@ -39,3 +39,16 @@ def test_triton_without_a_gpu_says_what_to_do(without_gradients):
     assert fi_compile.decoder(model, sequence, max_length=20, options=EAGER).engine.kernels == "torch"
     with pytest.raises(fi_compile.InputError, match="kernels='cuda': expected one of auto, torch, triton"):
         fi_compile.Options(kernels="cuda")
+
+
+def test_the_benchmark_without_a_gpu_says_so():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--output", "nowhere"],
+        env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=FOLDER.parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout.startswith("No GPU: torch.cuda.is_available() is False, nothing was measured.")
+    assert not (FOLDER.parent.parent / "nowhere").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -90,6 +91,11 @@ def increment_of(mixer: Mixer, capacity: int) -> Increment | None:
     assert isinstance(mixer, Convolution)
     make = INCREMENTS.get(mixer.lowering)
     return None if make is None else make(mixer)
+
+
+def on_kernels(increment: Increment, kernels: str) -> Increment:
+    """The increment with its step by ``kernels``, where it has one: ``torch`` or ``triton``."""
+    return replace(increment, kernels=kernels) if isinstance(increment, (ShortConv, OuterSums)) else increment
 
 
 def weights_of(increment: Increment, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,9 +17,13 @@ _ROWS = 8
 
 @dataclass(frozen=True)
 class OuterSums:
-    """The states [B, …state] after the newest positions; see :class:`~.kernels.linear_attention.Contraction`."""
+    """The states [B, …state] after the newest positions; see :class:`~.kernels.linear_attention.Contraction`.
+
+    ``kernels``: what runs a step, ``torch``, or ``triton`` where its kernel serves the contraction.
+    """
 
     mixer: LinearAttention
+    kernels: str = "torch"
 
     needs = ("now", "past", "decay")
     reads = 1
@@ -37,10 +41,17 @@ class OuterSums:
 
     def step(self, ring: Tensor, position: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """The newest output [B, Cout] from x [B, C], queries and keys; writes the new state into the ring."""
-        size = ring.shape[0]
-        state = ring.index_select(0, (position - 1) % size)[0]
         queries, keys = self.mixer.split(x.to(ring.dtype))
         now, past, decay = (weights[name] for name in self.needs)
+        if self.kernels == "triton":
+            from fi_compile.kernels import linear_attention_step as triton_form
+
+            if triton_form.sizes(self.mixer.how):
+                how = self.mixer.how
+                out = triton_form.linear_attention_step(ring, position, queries, keys, now, past, decay, how)
+                return out.reshape(x.shape[0], -1)
+        size = ring.shape[0]
+        state = ring.index_select(0, (position - 1) % size)[0]
         out, new = attention_step(state, queries, keys, now, past, decay, self.mixer.how)
         ring.index_copy_(0, position % size, new.unsqueeze(0))
         return out.reshape(x.shape[0], -1)

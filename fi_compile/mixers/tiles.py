@@ -6,13 +6,15 @@ in how that state lies in memory: transforms of torch want positions contiguous,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from math import log2
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fi_compile.errors import InputError
+from fi_compile.errors import FlashinfWarning, InputError
 from fi_compile.kernels.channels import chunk_width, take, transform
 from fi_compile.kernels.tile import add_products, add_tile_direct, add_tile_fft, tile_cost, tile_spectrum
 from fi_compile.schedule import Schedule, Tile
@@ -253,9 +255,9 @@ class TorchTiles:
 
 
 class TritonTiles(TorchTiles):
-    """Tiles by Triton: direct in registers, then transforms on matrix units; torch's transforms beyond those.
+    """Tiles by Triton: direct in registers, then transforms on matrix units, in one launch or in three; or torch's.
 
-    The choice goes by the time that an H100's datasheet predicts.
+    The choice goes by what was measured (see `kernels.tuning`), else by the time that an H100's datasheet predicts.
     """
 
     def __init__(
@@ -266,14 +268,26 @@ class TritonTiles(TorchTiles):
         target: Tensor | None = None,
     ):
         # Only here: who stays with torch's kernels needs no Triton.
-        from fi_compile.kernels import monarch, tile_direct, tile_fft
+        from fi_compile.kernels import monarch, tile_direct, tile_fft, tile_stream, tuning
         from fi_compile.kernels.gpu import H100
 
         if target is not None:
             raise ValueError("the Triton kernels serve one input a channel")
         super().__init__(filters, source, filter_index)
         self._direct, self._fft, self._monarch, self._rates = tile_direct, tile_fft, monarch, H100
+        self._stream = tile_stream
         self._largest = monarch.largest_side(filters.device)
+        self._architecture, self._batch = tuning.architecture(filters.device), 1
+        try:
+            self._measured = tuning.load()
+        except ValueError as error:
+            self._measured = tuning.Table()
+            warnings.warn(
+                f"{error}. Tiles are chosen by the datasheet; delete the file, or write it anew with"
+                " `python -m benchmarks.gpu`",
+                FlashinfWarning,
+                stacklevel=2,
+            )
 
     def new_state(self, batch: int, channels: int) -> Tensor:
         """Zeros [B, C, capacity], channels contiguous."""
@@ -283,21 +297,48 @@ class TritonTiles(TorchTiles):
         """Rows `index` of a state, int64 [B'], laid out as `new_state` does."""
         return state.permute(2, 0, 1).index_select(1, index).permute(1, 2, 0)
 
+    def offered(self, side: int) -> list[str]:
+        """The forms that serve tiles of `side`: `direct`, `matrix` and `stream` by kernels, `fft` by torch."""
+        forms = ["direct"] if side <= self._direct.LARGEST else []
+        if self.filters.dtype == torch.float32:
+            forms += ["matrix"] if side <= self._largest else []
+            forms += ["stream"] if self._stream.stream_for(side, self.filters.device) else []
+        return [*forms, "fft"]
+
     def form(self, tile: Tile) -> str:
-        """How a tile runs: `direct` or `matrix` by a kernel, `fft` by torch."""
-        side, length, rates = tile.side, len(tile.outputs), self._rates
-        on_matrix_units = self.filters.dtype == torch.float32 and side <= self._largest
-        if side > self._direct.LARGEST:
-            return "matrix" if on_matrix_units else "fft"
-        direct = rates.seconds(**self._direct.tile_direct_traffic(side, length))
-        split = self._monarch.split_for(side)
-        matrix = rates.seconds(**self._fft.tile_fft_traffic(split)) if on_matrix_units and split else direct
-        return "direct" if direct <= matrix else "matrix"
+        """How a tile runs: the fastest of those that are offered."""
+        side, length = tile.side, len(tile.outputs)
+        forms = self.offered(side)
+        maps = self.maps[0] if self.maps[0] is not None else self.maps[1]
+        channels = self.filters.shape[0] if maps is None else len(maps)
+        key = self._architecture, channels, self._batch, side
+        # What was measured are whole tiles; those at the capacity may be clipped.
+        found = self._measured.fastest(key, forms) if length == side else None
+        return found or min(forms, key=lambda form: self._seconds(form, side, length))
+
+    def _seconds(self, form: str, side: int, length: int) -> float:
+        """What the datasheet predicts for one channel."""
+        if form == "direct":
+            return self._rates.seconds(**self._direct.tile_direct_traffic(side, length))
+        split, stream = self._monarch.split_for(side), self._stream.stream_for(side, self.filters.device)
+        if form == "matrix" and split is not None:
+            return self._rates.seconds(**self._fft.tile_fft_traffic(split))
+        if form == "stream" and stream is not None:
+            return self._rates.seconds(**self._stream.tile_stream_traffic(stream))
+        return self._rates.seconds(**self._fft.torch_traffic(side))
+
+    def add(self, tile: Tile, history: Tensor, pending: Tensor, *kept: Any) -> None:
+        """Add to pending what a tile's inputs in history contribute."""
+        self._batch = history.shape[0]  # which form is fastest depends on it; all are right
+        super().add(tile, history, pending, *kept)
 
     def _run(self, form: str, tile: Tile, outputs: Tensor, inputs: Tensor) -> None:
         if form == "direct":
             lags = self._keep(form, self._direct.LARGEST, self._direct.lag_table)
             self._direct.add_tile_direct_gpu(outputs, inputs, lags, *self.maps[:2])
+        elif form == "stream":
+            spectrum = self._keep(form, tile.side, self._stream.tile_spectrum_stream)
+            self._stream.add_tile_stream_gpu(outputs, inputs, spectrum, *self.maps[:2])
         else:
             spectrum = self._keep(form, tile.side, self._monarch.tile_spectrum_gpu)
             self._fft.add_tile_fft_gpu(outputs, inputs, spectrum, *self.maps[:2])

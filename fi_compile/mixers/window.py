@@ -6,11 +6,13 @@ positions (speculative decoding) costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fi_compile.kernels.short_conv import short_conv_step
 
 from .convolution import Filter
 from .reference import dense, is_dense, sum_pairs
@@ -19,13 +21,25 @@ SLACK = 64
 _WIDEST = 1 << 16  # numbers a sequence that the slack of a running sum may take
 
 
+def _short_conv_steps(kernels: str) -> Callable[..., Tensor]:
+    if kernels == "torch":
+        return short_conv_step
+    from fi_compile.kernels import short_conv_step as triton_form
+
+    return triton_form.short_conv_step
+
+
 @dataclass(frozen=True)
 class ShortConv:
-    """Increment of filters of ``taps`` lags, ``fan_in`` for an output channel: the inputs of the newest positions."""
+    """Increment of filters of ``taps`` lags, ``fan_in`` for an output channel: the inputs of the newest positions.
+
+    ``kernels``: what runs a step, ``torch`` or ``triton``.
+    """
 
     channels_in: int
     taps: int
     fan_in: int = 1
+    kernels: str = "torch"
 
     needs = ("kernel",)
 
@@ -40,12 +54,12 @@ class ShortConv:
         return max(self.reads, 1) + SLACK
 
     def weights(self, found: Filter, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The filters, [P, taps] of pairs; where a matrix is no more work, [taps, Cin, Cout], the newest lag last."""
-        kernel = found.kernel.to(dtype).contiguous()
+        """The filters, [taps, P] of pairs; where a matrix is no more work, [taps, Cin, Cout], the newest lag last."""
+        kernel = found.kernel.to(dtype)
         if is_dense(self.fan_in, self.channels_in):
             matrix = dense(kernel, source, self.fan_in, self.channels_in)
-            kernel = matrix.permute(2, 1, 0).flip(0).contiguous()
-        return {"kernel": kernel}
+            return {"kernel": matrix.permute(2, 1, 0).flip(0).contiguous()}
+        return {"kernel": kernel.t().contiguous()}
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """Inputs of no positions: zeros [R, B, Cin]."""
@@ -55,19 +69,14 @@ class ShortConv:
         """The newest output [B, Cout] from x [B, Cin]; writes x into the ring."""
         kernel, source = weights["kernel"], weights.get("source")
         size, x = ring.shape[0], x.to(ring.dtype)
-        lags = torch.arange(1, self.taps, device=ring.device)
-        if is_dense(self.fan_in, self.channels_in):
-            past = ring.index_select(0, (position - lags.flip(0)) % size)
-            rows = torch.cat([past, x.unsqueeze(0)]).transpose(0, 1).flatten(1)
-            out = rows @ kernel.flatten(0, 1)
-        else:
-            past, now = ring.index_select(0, (position - lags) % size), x
-            if source is not None:
-                past, now = past.index_select(2, source), x.index_select(1, source)
-            pairs = (past * kernel[:, 1:].t().unsqueeze(1)).sum(0) + now * kernel[:, 0]
-            out = sum_pairs(pairs, self.fan_in)
+        if not is_dense(self.fan_in, self.channels_in):
+            return _short_conv_steps(self.kernels)(ring, position, x, kernel, source, self.fan_in)
+        past = ring.index_select(
+            0, (position - torch.arange(self.taps - 1, 0, -1, device=ring.device)) % size
+        )
+        rows = torch.cat([past, x.unsqueeze(0)]).transpose(0, 1).flatten(1)
         ring.index_copy_(0, position % size, x.unsqueeze(0))
-        return out
+        return rows @ kernel.flatten(0, 1)
 
     def fill(self, ring: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Take over the newest of the inputs x [B, Cin, P] of positions 0 … P-1."""
