@@ -88,7 +88,7 @@ def test_corpus_is_proved(name: str) -> None:
         pytest.skip(f"not traced: {refused}")
     proof = prove_prefix(program, L_MAX)
     assert accepted(proof) == (name not in BEYOND), [str(r) for r in proof.refusals]
-    assert accepted(proof) or proof.refusals
+    assert accepted(proof) or proof.refusals or not program.lengths.upto(L_MAX).size
 
 
 @pytest.mark.slow
