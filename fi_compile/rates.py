@@ -1,7 +1,7 @@
 """The rates of this machine: measured once, and kept in the user's cache.
 
-`FLASHINF_COSTS=builtin` measures nothing and uses the constants of `costs.py`. The cache is `costs.json` in
-`$FLASHINF_CACHE`, else in `$XDG_CACHE_HOME/flashinf`, else in `~/.cache/flashinf`.
+`FLASHINF_COSTS=builtin` measures nothing and uses the constants of `costs.py`. The cache is `costs.json` where compiled
+steps are kept too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .costs import BUILTIN, Rates
 from .errors import FlashinfWarning
 from .kernels.tile import add_tile_direct
 from .mixers.tiles import KeptSpectra, TileWork, TorchTiles
+from .native import cache_directory
 from .schedule import Tile
 
 VERSION = 1
@@ -117,10 +118,7 @@ def _time(run: Callable[[], Any]) -> float:
 
 def cache_file() -> Path:
     """Where the rates are kept."""
-    if given := os.environ.get("FLASHINF_CACHE"):
-        return Path(given) / "costs.json"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flashinf" / "costs.json"
+    return cache_directory() / "costs.json"
 
 
 def machine() -> str:

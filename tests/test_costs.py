@@ -18,7 +18,7 @@ from fi_compile.schedule import Schedule
 def file(tmp_path, monkeypatch):
     """A cache of our own, and a machine that is measured in no time."""
     monkeypatch.delenv("FLASHINF_COSTS")
-    monkeypatch.setenv("FLASHINF_CACHE", str(tmp_path / "deep" / "er"))
+    monkeypatch.setenv("FLASHINF_CACHE_DIR", str(tmp_path / "deep" / "er"))
     rates._rates.cache_clear()
     monkeypatch.setattr(rates, "measure_rates", Measured())
     yield rates.cache_file()
@@ -110,7 +110,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(file, monkeypatch):
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
-    monkeypatch.delenv("FLASHINF_CACHE", raising=False)
+    monkeypatch.delenv("FLASHINF_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert rates.cache_file() == tmp_path / "flashinf" / "costs.json"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -119,7 +119,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 
 def test_built_in_constants_touch_no_file(monkeypatch, tmp_path):
-    monkeypatch.setenv("FLASHINF_CACHE", str(tmp_path))
+    monkeypatch.setenv("FLASHINF_CACHE_DIR", str(tmp_path))
     assert rates.rates_of_machine() is BUILTIN
     assert not list(tmp_path.iterdir())
 
