@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import log2
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -31,7 +32,7 @@ def run(bench: Bench) -> None:
         )
 
 
-def measure(bench: Bench, name: str, options: dict[str, str]) -> float:
+def measure(bench: Bench, name: str, options: dict[str, Any]) -> float:
     """Mean seconds of a step."""
     sizes, length, section = bench.sizes, bench.sizes.latency, bench.section
     model = models.hyena(sizes.width, sizes.layers, length)

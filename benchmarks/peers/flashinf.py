@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ except ImportError:  # one tiling, no choice
     choose_tiling = None
 
 
-def tiling(channels: int, length: int) -> tuple[dict[str, int], float | None]:
+def tiling(channels: int, length: int) -> tuple[dict[str, Any], float | None]:
     """The tiling that a decoder would choose, and the seconds a token that it predicts for it."""
     if choose_tiling is None:
         return {"block": 32}, None

@@ -7,13 +7,15 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from examples.hyena import HyenaLM
+from examples.hyena import HyenaFilter, HyenaLM, HyenaOperator
 
 
 class KnownFilter(nn.Module):
     """A filter that is looked up instead of computed from its network at every call."""
 
-    def __init__(self, filter_: nn.Module, length: int) -> None:
+    kernel: Tensor
+
+    def __init__(self, filter_: HyenaFilter, length: int) -> None:
         super().__init__()
         with torch.no_grad():
             self.register_buffer("kernel", filter_(length).contiguous())
@@ -27,6 +29,7 @@ class KnownFilter(nn.Module):
 def with_known_filters(model: HyenaLM) -> HyenaLM:
     """The same model with its filters computed once."""
     cached = copy.deepcopy(model)
-    for block in cached.blocks:
-        block.mixer.filter = KnownFilter(block.mixer.filter, model.cfg.l_max)
+    for module in cached.modules():
+        if isinstance(module, HyenaOperator):
+            module.filter = KnownFilter(module.filter, model.cfg.l_max)  # type: ignore[assignment]
     return cached

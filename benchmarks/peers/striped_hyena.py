@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fi_compile
 from benchmarks.decoding import decode
@@ -17,7 +19,7 @@ BOUND = 1e-4  # of the largest logit; the model computes its filters in float32 
 class CachedDecode:
     """The package's own generation, after a prompt [1, P]."""
 
-    def __init__(self, model: nn.Module, prompt: Tensor) -> None:
+    def __init__(self, model: Any, prompt: Tensor) -> None:
         self.model, self.cache = model, model.initialize_inference_params()
         self.model(prompt, inference_params_dict=self.cache)
         self.position = prompt.shape[1]
