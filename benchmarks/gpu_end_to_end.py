@@ -38,7 +38,7 @@ def decode(
     """Seconds up to each mark, and the error over the first positions."""
     kernels, blocks = TILED[name]
     block = setting.block if blocks else 1
-    options = {"kernels": kernels, "block": block, "step": step, "growth": False}
+    options = {"kernels": kernels, "block": block, "radix": 2, "step": step, "growth": False}
     start = time.perf_counter()
     decoder = fi_compile.decoder(model, ids[:, :16], max_length=setting.length, options=options)
     logits, compared = [decoder.prefill(ids[:, :1])], min(COMPARED, setting.length)

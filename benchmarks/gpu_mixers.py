@@ -23,7 +23,8 @@ from torch import Tensor
 from benchmarks.gpu_setting import PERIOD, Place, Setting, check, expected, operands, sample_of
 from fi_compile.kernels import block
 from fi_compile.kernels.block_step import block_step
-from fi_compile.mixers.stack import ConvState, FilterBank
+from fi_compile.mixers.bank import FilterBank
+from fi_compile.mixers.stack import ConvState
 
 TILED = {"published": ("torch", False), "torch": ("torch", True), "flashinf": ("triton", True)}
 

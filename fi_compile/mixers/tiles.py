@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from math import log2
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -327,21 +326,21 @@ class TritonTiles(TorchTiles):
             return self._rates.seconds(**self._stream.tile_stream_traffic(stream))
         return self._rates.seconds(**self._fft.torch_traffic(side))
 
-    def add(self, tile: Tile, history: Tensor, pending: Tensor, *kept: Any) -> None:
-        """Add to pending what a tile's inputs in history contribute."""
+    def add(self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra | None = None) -> None:
+        """Add to pending what a tile's inputs in history contribute; `kept` is of use to other radices than 2."""
         self._batch = history.shape[0]  # which form is fastest depends on it; all are right
-        super().add(tile, history, pending, *kept)
+        super().add(tile, history, pending, KeptSpectra() if kept is None else kept)
 
     def _run(self, form: str, tile: Tile, outputs: Tensor, inputs: Tensor) -> None:
         if form == "direct":
             lags = self._keep(form, self._direct.LARGEST, self._direct.lag_table)
             self._direct.add_tile_direct_gpu(outputs, inputs, lags, *self.maps[:2])
-        elif form == "stream":
-            spectrum = self._keep(form, tile.side, self._stream.tile_spectrum_stream)
-            self._stream.add_tile_stream_gpu(outputs, inputs, spectrum, *self.maps[:2])
-        else:
+        elif form == "matrix":
             spectrum = self._keep(form, tile.side, self._monarch.tile_spectrum_gpu)
             self._fft.add_tile_fft_gpu(outputs, inputs, spectrum, *self.maps[:2])
+        else:
+            spectrum = self._keep(form, tile.side, self._stream.tile_spectrum_stream)
+            self._stream.add_tile_stream_gpu(outputs, inputs, spectrum, *self.maps[:2])
 
 
 TILES = {"torch": TorchTiles, "triton": TritonTiles}
