@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from fi_compile.program import (
 from fi_compile.rules import RULES, Call
 from fi_compile.rules.affine import exact, holds
 from fi_compile.rules.magnitude import magnitude, of_table
+from fi_compile.rules.sizes import Sizes
 from fi_compile.rules.triangles import decided, in_dtype
 from fi_compile.symbolic import evaluate_at
 
@@ -207,6 +209,11 @@ class _Walker:
         if node not in self.results:
             raise _Missing
         return self.results[node]
+
+    @cached_property
+    def entry_sizes(self) -> Sizes:
+        """How large values can become, as numbers."""
+        return Sizes(self)
 
     def is_data(self, node: fx.Node) -> bool:
         """Whether a node's data comes from the sequence."""

@@ -38,15 +38,15 @@ FOUND = {
     "StridedMemory": "2 scan → running_sum",
     "EncoderStack": "2 attention → kv_cache",
     "DeltaRule": "6 attention → kv_cache, 2 linear_attention → recurrence, 2 region → history",
+    "FlashStyleMask": "4 attention → kv_cache",  # -10000, and norms that bound the scores
+    "ChunkedLinear": "2 region → history",
     "SelectiveSSM": "2 attention → kv_cache, 2 region → history, 2 short_conv → window",
 }
 # The kind of the first refusal. A fix turns its line red.
 REFUSED = {
     "PackedSlopes": "merged",  # heads merged into the batch meet an expanded mask; and -1e9 is no -inf
     "MaxPool": "trace",  # torch.export pins the length in max_pool1d
-    "ChunkedLinear": "merged",  # a view makes chunks of 8 positions
     "RolledMask": "misaligned",  # a cyclic sequence times a mask
-    "FlashStyleMask": "mixes_positions",  # -10000 is no -inf
     "ChunkedBranch": "merged",  # the same behind a branch
 }
 # Sound to float32 only: they compute in a lower precision inside, whatever their type is.

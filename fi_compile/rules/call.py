@@ -65,6 +65,8 @@ class Context(Protocol):
     def fact(self, node: fx.Node) -> Result: ...  # noqa: D102
     def is_data(self, node: fx.Node) -> bool: ...  # noqa: D102
     def table(self, node: fx.Node) -> Tensor | None: ...  # noqa: D102
+    @property
+    def entry_sizes(self) -> Any: ...  # noqa: D102
 
 
 @dataclass

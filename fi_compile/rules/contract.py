@@ -26,6 +26,7 @@ from fi_compile.facts import (
 from . import chunks
 from .call import Call, is_one, one, rule
 from .pointwise import broadcast, unite_dims, varies
+from .sizes import is_hidden_by
 from .triangles import VERY_LOW
 
 
@@ -286,7 +287,17 @@ def attention(c: Call) -> Fact:
                 "pass is_causal=True",
             )
         known = [t for t in mask.triangles if (t.query, t.key) == (len(mask.dims) - 2, len(mask.dims) - 1)]
-        if not known or not masked(known[0]):
+        far = None
+        if known and not masked(known[0]):
+            scale = c.arg("scale")
+            if scale is None:
+                scale = c.arg("query").meta["val"].shape[-1] ** -0.5
+            if isinstance(scale, float):
+                far = is_hidden_by(
+                    c.context.entry_sizes, c.arg("attn_mask"), c.arg("query"), c.arg("key"), scale
+                )
+            c.conditions += [far] if far is not None else []
+        if far is None and (not known or not masked(known[0])):
             raise Deny(
                 "non_causal",
                 "the attention mask is not certified to hide every later position",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from torch import fx
 
 from fi_compile.facts import Deny, Dim, Fact, Triangle, constant, filled, fixed, is_number, least, settle
+from fi_compile.program import is_tensor
 
 from . import chunks
 from .affine import aligned
 from .call import Call, Result, is_one, mixed, need_fixed, one, rule
 from .contract import masked
 from .pointwise import unite_dims
+from .sizes import is_hidden
 from .triangles import of_table
 
 
@@ -122,12 +125,14 @@ def softmax(c: Call) -> Fact:
         c.row_local = False
         shown_above = fact.triangles or _by_value(c, fact, dim)
         known = [t for t in shown_above if t.key == dim and masked(t) and not isinstance(t.above, bool)]
+        if not known and len(dims) == 1 and not any(t.query == dim and masked(t) for t in fact.triangles):
+            known = _far_below(c, fact, dim)
         if len(dims) != 1 or not known or c.name == "softmin":
             if any(t.query == dim for t in fact.triangles if masked(t)):
                 raise Deny(
                     "non_causal", "a softmax over queries: every row sees later ones", "normalise over keys"
                 )
-            need_fixed(fact, dim, "a softmax whose later entries are not certified to be -inf")
+            need_fixed(fact, dim, _unmasked(c, shown_above, dim))
         t = known[0]
         axis, query = one(shown[dim]), one(shown[t.query])
         if not (axis.plain and query.plain):
@@ -139,6 +144,33 @@ def softmax(c: Call) -> Fact:
     if c.name == "logsumexp":
         return Fact(dropped(c, Fact(tuple(shown)), dims))
     return Fact(tuple(shown), triangles=tuple(triangles))
+
+
+def _far_below(c: Call, fact: Fact, key: int) -> list[Triangle]:
+    """Triangles of finite numbers so low that no score these weights can give reaches them."""
+    moving = [d for d, dim in enumerate(fact.dims) if not all(a.fixed for a in dim)]
+    for query in moving:
+        known = [t for t in fact.triangles if (t.query, t.key) == (query, key)]
+        for t in known or ([Triangle(query, key, None)] if query != key else []):
+            why = is_hidden(c.context.entry_sizes, c.arg("self"), t)
+            if why is not None:
+                c.conditions.append(why)
+                return [t]
+    return []
+
+
+def _unmasked(c: Call, triangles: Sequence[Triangle], key: int) -> str:
+    """What is wrong with a softmax over keys."""
+    scores = c.arg("self")
+    masks = [c.context.fact(n) for n in scores.all_input_nodes if is_tensor(n) and not c.context.is_data(n)]
+    beside = [t for f in masks if isinstance(f, Fact) for t in f.triangles]
+    for t in (*(t for t in triangles if t.key == key), *beside):
+        if is_number(t.above) and not isinstance(t.above, bool) and t.above < -1:
+            return (
+                f"a softmax whose later entries are lowered by {-t.above:g}, which nothing bounds the others against "
+                "(-inf or torch.finfo(dtype).min is low enough always; a norm before the projections bounds scores)"
+            )
+    return "a softmax whose later entries are not certified to be -inf"
 
 
 @rule("layer_norm", "rms_norm", "native_layer_norm")
