@@ -121,10 +121,10 @@ class Decoder:
     @property
     def inputs(self) -> Tensor:
         """A copy of the sequences so far, [B, longest position(, D)]: what the state was computed from."""
-        return self.kept_inputs.clone()
+        return self._kept_inputs.clone()
 
     @property
-    def kept_inputs(self) -> Tensor:
+    def _kept_inputs(self) -> Tensor:
         """The same without a copy: to be read only, and until the next call."""
         return self._sequence[:, : max(lane.position for lane, _ in self._lanes)]
 
@@ -219,9 +219,9 @@ class Decoder:
     def extend(self, tokens: Tensor) -> Any:
         """Append m positions, ids [B, m] or features [B, m, D]; return the outputs at them, [B, m, …]."""
         self._check_running()
-        return self.extend_unwatched(tokens)
+        return self._extend_unwatched(tokens)
 
-    def extend_unwatched(self, tokens: Tensor) -> Any:
+    def _extend_unwatched(self, tokens: Tensor) -> Any:
         """The same for a caller that has seen to it that the weights are unchanged."""
         self._check_sequence(tokens, "tokens")
         self._check_batch(tokens)

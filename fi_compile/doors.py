@@ -250,7 +250,7 @@ class Door:
             decoder = session.decoder
             fresh = session.weights_unchanged
             if decoder is not None and fresh:
-                lost = decoder.kept_inputs.shape[1] - match.common
+                lost = decoder._kept_inputs.shape[1] - match.common
                 if match.common < sequence.shape[1] and (
                     lost > _CHEAP_LOSS or decoder.batch != sequence.shape[0]
                 ):

@@ -69,7 +69,7 @@ class Session:
     def inputs(self) -> Tensor:
         """What was seen, [B, n(, D)]: to be read only, with the lock held."""
         if self.decoder is not None:
-            return self.decoder.kept_inputs
+            return self.decoder._kept_inputs
         assert self._prompt is not None
         return self._prompt
 
@@ -112,7 +112,7 @@ class Session:
             start -= 1
         newest: list[Any] = []
         if start < length:
-            if start < decoder.kept_inputs.shape[1]:
+            if start < decoder._kept_inputs.shape[1]:
                 decoder.rewind(start)
                 self._truncate(start)
             may_compile = match.index is not None or decoder.capacity < length
@@ -151,11 +151,11 @@ class Session:
 
     def _extend(self, tokens: Tensor) -> list[Any]:
         assert self.decoder is not None
-        flat = pytree.tree_leaves(self.decoder.extend_unwatched(tokens))
+        flat = pytree.tree_leaves(self.decoder._extend_unwatched(tokens))
         for growing, rows in zip(self.outputs, flat, strict=True):
             if growing is not None:
                 growing.append(rows)
-        length = self.decoder.kept_inputs.shape[1]
+        length = self.decoder._kept_inputs.shape[1]
         if length - self._weighed >= _WEIGH_EVERY:
             make_room(self, self.nbytes)
             self._weighed = length

@@ -641,7 +641,7 @@ def test_an_error_of_ours_becomes_a_refusal(monkeypatch: pytest.MonkeyPatch):
         for _ in range(3):
             fast(ids)
             ids = extended(ids)
-        monkeypatch.setattr(fi_compile.Decoder, "extend", fail)
+        monkeypatch.setattr(fi_compile.Decoder, "_extend_unwatched", fail)
         with pytest.warns(FlashinfWarning, match="a defect"):
             assert_like(fast(ids), model(ids))
     report = fi_compile.last_report()
