@@ -85,16 +85,11 @@ def memory(width: int, layers: int, length: int) -> dict[str, Any]:
         "making": making,
         "start": start,
         "generating": generating,
-        "predicted": predicted_bytes(report),
+        "predicted": sum(report.bytes_of_mixing.values()),
         "state": decoder.state_bytes,
         "history": 4 * length * sum(m.channels or 0 for m in report.mixers if m.kind == "long_conv"),
         "check": check,
     }
-
-
-def predicted_bytes(report: Any) -> int:
-    """What `explain` says a sequence of the capacity takes, with filters and spectra where it tells them."""
-    return sum(getattr(report, "bytes_of_mixing", {}).values()) or report.state_bytes
 
 
 def _status(name: str) -> int:

@@ -72,23 +72,21 @@ def measure(bench: Bench, length: int) -> dict[str, tuple[str, float]]:
     again, peer = _whole_run(filters, inputs)  # first and last: what drifted in between shows
     total = (again + seconds) / 2
     whole[Flashinf.name] = f"flashinf {at}", total
-    chosen = ", ".join(f"{name} {value}" for name, value in peer.tiling.items())
+    chosen = f"base block {peer.tiling.block}, radix {peer.tiling.radix}"
     note = f"every position run, before and after the others ({max(again / seconds, seconds / again):.2f}×); {chosen}"
     section.figure(f"{at} flashinf", total, "s", f"flashinf {at}", note=note)
     peer.restart()
     tiles, name = once(peer.run_tiles), f"{at} flashinf, tiles and moving blocks alone"
     section.figure(name, tiles, "s", f"flashinf {at}", note="the rest are sums inside blocks, and calls")
-    if peer.predicted:
-        off = total / length / peer.predicted
-        note = f"predicted {peer.predicted * length:.3g} s from rates measured once on this machine"
-        section.figure(
-            f"{at} flashinf, measured or predicted, the larger over the other",
-            max(off, 1 / off),
-            "×",
-            f"flashinf {at}",
-            bench.target("≤", 1.3),
-            note,
-        )
+    predicted = peer.tiling.seconds * length
+    section.figure(
+        f"{at} flashinf, measured or predicted, the larger over the other",
+        max(total / predicted, predicted / total),
+        "×",
+        f"flashinf {at}",
+        bench.target("≤", 1.3),
+        f"predicted {predicted:.3g} s from rates measured once on this machine",
+    )
     _ratios(bench, whole, at, length)
     return whole
 

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.compiled import compiled
+from fi_compile.costs import choose_tiling
 from fi_compile.kernels.block import block_step
 from fi_compile.mixers.stack import ConvState, FilterBank
+from fi_compile.rates import rates_of_machine
 
 from .base import Peer
-
-try:
-    from fi_compile.costs import choose_tiling
-    from fi_compile.rates import rates_of_machine
-except ImportError:  # one tiling, no choice
-    choose_tiling = None
-
-
-def tiling(channels: int, length: int) -> tuple[dict[str, Any], float | None]:
-    """The tiling that a decoder would choose, and the seconds a token that it predicts for it."""
-    if choose_tiling is None:
-        return {"block": 32}, None
-    found = choose_tiling(rates_of_machine(), length, channels)
-    return {"block": found.block, "radix": found.radix}, found.seconds
 
 
 def _step(pending: Tensor, inputs: Tensor, table: Tensor, skip: Tensor, local: Tensor, y: Tensor) -> Tensor:
@@ -43,8 +30,11 @@ class Flashinf(Peer):
 
     def __init__(self, filters: Tensor) -> None:
         """The history is the state's own."""
-        self.tiling, self.predicted = tiling(*filters.shape)
-        self.bank = FilterBank(filters, channels_in=filters.shape[0], **self.tiling)
+        channels, length = filters.shape
+        self.tiling = choose_tiling(rates_of_machine(), length, channels)  # what a decoder would choose
+        self.bank = FilterBank(
+            filters, channels_in=channels, block=self.tiling.block, radix=self.tiling.radix
+        )
         self.state = ConvState(self.bank, 1)
         self.filters = self.bank.filters
         self.local = torch.zeros(1, dtype=torch.int64)
