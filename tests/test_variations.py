@@ -40,6 +40,7 @@ FOUND = {
     "DeltaRule": "6 attention → kv_cache, 2 linear_attention → recurrence, 2 region → history",
     "FlashStyleMask": "4 attention → kv_cache",  # -10000, and norms that bound the scores
     "ChunkedLinear": "2 region → history",
+    "ChunkedBranch": "2 region → history",
     "SelectiveSSM": "2 attention → kv_cache, 2 region → history, 2 short_conv → window",
 }
 # The kind of the first refusal. A fix turns its line red.
@@ -47,7 +48,6 @@ REFUSED = {
     "PackedSlopes": "merged",  # heads merged into the batch meet an expanded mask; and -1e9 is no -inf
     "MaxPool": "trace",  # torch.export pins the length in max_pool1d
     "RolledMask": "misaligned",  # a cyclic sequence times a mask
-    "ChunkedBranch": "merged",  # the same behind a branch
 }
 # Sound to float32 only: they compute in a lower precision inside, whatever their type is.
 ROUGH = {"Float32Islands"}

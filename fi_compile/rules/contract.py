@@ -25,8 +25,8 @@ from fi_compile.facts import (
 
 from . import chunks
 from .call import Call, is_one, one, rule
+from .masks import is_hidden_by
 from .pointwise import broadcast, unite_dims, varies
-from .sizes import is_hidden_by
 from .triangles import VERY_LOW
 
 

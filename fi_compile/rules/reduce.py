@@ -15,8 +15,8 @@ from . import chunks
 from .affine import aligned
 from .call import Call, Result, is_one, mixed, need_fixed, one, rule
 from .contract import masked
+from .masks import is_hidden
 from .pointwise import unite_dims
-from .sizes import is_hidden
 from .triangles import of_table
 
 
