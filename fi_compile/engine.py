@@ -19,7 +19,7 @@ from .costs import Tiling
 from .derive import Derived, derive, tile_step
 from .describe import describe
 from .errors import CapacityError, InputError, Refusal, Unsupported
-from .falsify import check_step
+from .falsify import check_finite, check_step, rows_apart
 from .lane import Lane
 from .lower import CompiledStep
 from .mixers.attention import with_masks
@@ -41,7 +41,6 @@ from .passes.certify_reads import certify_reads
 from .passes.plan_demands import plan_demands
 from .passes.propose_consistency import (
     Consistency,
-    agrees,
     explain_inconsistency,
     propose_consistency,
 )
@@ -51,7 +50,7 @@ from .program import Kind, Program, is_tensor, source_of
 from .report import Report, Snapshot
 from .step import StepProgram
 from .text import program_text
-from .twin import random_sequence, twin_values, widen_call
+from .twin import twin_values
 from .units import Plan, Unit
 
 log = logging.getLogger(__name__)
@@ -343,28 +342,7 @@ class Engine:
     @cached_property
     def rows_independent(self) -> bool:
         """Whether each row of every output depends on the same row of the sequence only."""
-        n = self.analysis.lengths[0]
-        program, values = self.program, self.analysis.parameters
-        if isinstance(program.batch, int) or not self.proof.rows_independent:
-            return False
-        outputs = [o for o in program.outputs if isinstance(o, fx.Node)]
-        mixers = [u.mixer for u in self.plan.units if u.mixer is not None]
-        kept = [*self.plan.histories, *(x for mixer in mixers for x in mixer.inputs)]
-        if not all(
-            len(self.plan.batch_axes[n]) == 1 for n in (*outputs, *kept) if n in program.input_dependent
-        ):
-            return False
-        sequence = random_sequence(program, 3, n, seed=0)
-        other = random_sequence(program, 3, n, seed=1)
-        other[1] = sequence[1]
-        with torch.no_grad():
-            first = program.evaluate(sequence, values, keep=outputs, rewrite=widen_call)
-            second = program.evaluate(other, values, keep=outputs, rewrite=widen_call)
-        return all(
-            agrees(second[o].select(a, 1), first[o].select(a, 1))
-            for o in outputs
-            for a in self.plan.batch_axes[o]
-        )
+        return self.proof.rows_independent and rows_apart(self.analysis, self.plan)
 
     @cached_property
     def output_axes(self) -> tuple[int | None, ...]:
@@ -585,22 +563,3 @@ class Engine:
             values = [step[place] for step in steps]
             flat.append(torch.cat(values, axes[0]) if axes else values[-1])
         return pytree.tree_unflatten(flat, self.program.out_spec)
-
-
-def check_finite(program: Program) -> None:
-    """Raise :class:`Unsupported` where a parameter has NaN or infinite values."""
-    for spec in program.inputs:
-        value = program.values.get(spec.name)
-        if spec.kind is not Kind.PARAMETER or value is None or value.dtype in _WHOLE:
-            continue
-        if not bool(torch.isfinite(value).all()):
-            raise Unsupported(
-                Refusal(
-                    "weights",
-                    f"parameter {spec.path!r} has NaN or infinite values",
-                    hint="load finite weights; nothing can be compared with a model that computes NaN",
-                )
-            )
-
-
-_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
