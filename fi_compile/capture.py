@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
 
 from .branches import same_below, same_between
-from .compare import attributes_kept, disagreements, with_last_position, without_layout_holes
+from .compare import attributes_kept, batches_agree, disagreements, with_last_position, without_layout_holes
 from .errors import Refusal, Unsupported
 from .guards import admitted_lengths
 from .program import Input, Kind, Program
@@ -100,7 +100,9 @@ def _trace_at(model: nn.Module, example: Tensor, length: int) -> Program:
     with attributes_kept(model):
         try:
             exported = _export(model, _resized(example, max(own, 3), length), dynamic_batch=True)
-            return _read(exported, model, example)
+            program = _read(exported, model, example)
+            if batches_agree(program, model):
+                return program
         except Exception:
             pass  # a batch that is written into the model, as in a graph made for one batch
         exported = _export(model, _resized(example, own, length), dynamic_batch=False)

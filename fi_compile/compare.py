@@ -80,6 +80,27 @@ def _equals_graph(program: Program, model: nn.Module, length: int) -> bool:
     return True
 
 
+def batches_agree(program: Program, model: nn.Module) -> bool:
+    """Whether graph and model agree at batches of 1, of 2 and of the example's size, at the shortest good length.
+
+    A branch on the size of the batch is recorded for the size it met, like one on the length, but no guard is read.
+    """
+    length = program.lengths.at_least(max(program.example.shape[1], 3))
+    if length is None:
+        return True
+    nodes = [o for o in program.outputs if isinstance(o, fx.Node)]
+    with torch.no_grad(), attributes_kept(model):
+        for batch in sorted({1, 2, program.example.shape[0]}):
+            sequence = random_sequence(program, batch, length, seed=4, double=False)
+            try:
+                whole = program.evaluate(sequence, keep=nodes)
+            except Exception:
+                return False
+            if not _equal_prefix(program, model, sequence, whole):
+                return False
+    return True
+
+
 def _scales(sequence: Tensor) -> tuple[int, ...]:
     return _SCALES if sequence.is_floating_point() else (1,)
 

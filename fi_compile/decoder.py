@@ -88,7 +88,6 @@ class Decoder:
     def __init__(self, engine: Engine, model: nn.Module | None, batch: int) -> None:
         self.engine, self.model = engine, model
         self._watch = WeightWatch(engine.program, model)
-        self._vocabulary = vocabulary(engine.program) if engine.reads_ids else None
         self._lanes: list[tuple[Lane, list[int]]] = []
         self._batch = batch
         self.reset()
@@ -273,7 +272,8 @@ class Decoder:
         twin.__dict__.update(self.__dict__)
         twin._watch = self._watch.copy()
         twin._lanes = [(lane, list(rows)) for lane, rows in self._lanes]
-        twin._sequence = self._sequence.clone()
+        with torch.inference_mode(False):
+            twin._sequence = self._sequence.clone()
         for lane, _ in self._lanes:
             lane.owners += 1
         return twin
@@ -292,7 +292,8 @@ class Decoder:
                 picks = torch.tensor([rows.index(chosen[i]) for i in new_rows])
                 derived = self._derived(len(new_rows), lane.derived.capacity)
                 lanes.append((lane.select(picks, derived), new_rows))
-        self._sequence = self._sequence[chosen]
+        with torch.inference_mode(False):
+            self._sequence = self._sequence[chosen]
         self._lanes, self._batch = lanes, len(chosen)
 
     # -- inside --------------------------------------------------------------------------------------------
@@ -302,8 +303,10 @@ class Decoder:
         lanes = lanes or [(Lane(self._derived(batch, 1), batch), list(range(batch)))]
         room = max(lane.derived.capacity for lane, _ in lanes)
         example = self.engine.program.example
-        self._sequence = example.new_zeros((batch, room, *example.shape[2:]))
+        with torch.inference_mode(False):  # later calls may run outside of it
+            self._sequence = example.new_zeros((batch, room, *example.shape[2:]))
         self._lanes, self._batch = lanes, batch
+        self._vocabulary = vocabulary(self.engine.program) if self.engine.reads_ids else None
 
     def _derived(self, batch: int, needed: int) -> Any:
         return self.engine.derived(batch, self.engine.capacity_for(needed))
@@ -471,8 +474,9 @@ class Decoder:
     def _reserve(self, length: int) -> None:
         short = length - self._sequence.shape[1]
         if short > 0:
-            extra = self._sequence.new_zeros((self._batch, max(short, length), *self._sequence.shape[2:]))
-            self._sequence = torch.cat([self._sequence, extra], 1)
+            with torch.inference_mode(False):
+                extra = self._sequence.new_zeros((self._batch, max(short, length), *self._sequence.shape[2:]))
+                self._sequence = torch.cat([self._sequence, extra], 1)
 
     def _check_unbroken(self) -> None:
         for lane, _ in self._lanes:

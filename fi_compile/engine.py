@@ -297,8 +297,9 @@ class Engine:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype of state: float64 for a float64 model, else float32."""
+        """The dtype of state: float64 where the model computes anything of its sequence in it, else float32."""
         dtypes = {v.dtype for v in (*self.program.values.values(), self.program.example)}
+        dtypes |= {n.meta["val"].dtype for n in self.program.input_dependent if is_tensor(n)}
         double = not dtypes.isdisjoint({torch.float64, torch.complex128})
         return state_dtype(torch.float64 if double else torch.float32)
 

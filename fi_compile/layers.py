@@ -239,7 +239,7 @@ def _reads(node: fx.Node) -> list[fx.Node]:
 
 def _form(node: fx.Node) -> str:
     """All that two like nodes have in common: everything but where their arguments come from."""
-    args = fx.map_arg((node.args, node.kwargs), lambda _: None)
+    args = fx.map_arg((node.args, node.kwargs), lambda _: "a value")  # None is another thing
     return f"{node.target} {args} {tensor_form(node)}"
 
 

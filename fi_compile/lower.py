@@ -55,6 +55,9 @@ class CompiledStep:
         self.layers: Layers = split_layers(graph) if how != "eager" and device == "cpu" else whole(graph)
         self.runs: list[Run] = [_uncompiled(part) for part in self.layers.parts]
         if how != "eager":
+            if len(self.layers.parts) > 1 and not self._cut_truly(example):
+                self.layers = whole(graph)
+                self.runs = [_uncompiled(part) for part in self.layers.parts]
             self._compile(example, how)
         self.milliseconds = 1e3 * (time.perf_counter() - start)
 
@@ -105,6 +108,14 @@ class CompiledStep:
                 FlashinfWarning,
                 stacklevel=2,
             )
+
+    def _cut_truly(self, example: list[Tensor]) -> bool:
+        """Whether the parts, one after another, compute and write what the whole graph does."""
+        with torch.inference_mode(False), torch.no_grad():
+            ours, theirs = self._trial(example), self._trial(example)
+            pairs = [*zip(self.layers.bind(self.runs, ours)(), self.graph_module(*theirs), strict=True)]
+            pairs += [(ours[place], theirs[place]) for place in _written(self.graph_module)]
+            return all(_agree(a, b) for a, b in pairs)
 
     def _inputs_of_parts(self, example: list[Tensor]) -> list[list[Tensor]]:
         """What each part is called with the first time, in memory of its own where it is written to."""
@@ -170,16 +181,27 @@ class CompiledStep:
         """The step on one lane's tensors, which it reads and writes in place."""
         run = self.layers.bind(self.runs, [tensors[name] for name in self.names])
         constant, places = self.constant, tuple(self.places)
-        if places == tuple(range(len(constant))):
+        if len(constant) == len(places) == 1:
             return run
 
         def step() -> list[Any]:
             outputs = list(constant)
-            for place, value in zip(places, run(), strict=True):
+            for place, value in zip(places, _apart(run()), strict=True):
                 outputs[place] = value
             return outputs
 
         return step
+
+
+def _apart(values: Sequence[Tensor]) -> list[Tensor]:
+    """The same values, no two in one memory: a compiler makes equal ones once, and a caller may write to one."""
+    held: set[int] = set()
+    apart = []
+    for value in values:
+        place = value.untyped_storage().data_ptr()
+        apart.append(value.clone() if place in held else value)
+        held.add(place)
+    return apart
 
 
 def _compiled(part: fx.GraphModule, example: list[Tensor], how: str) -> Run:

@@ -24,6 +24,7 @@ from fi_compile.units import ALL, NEW, Demand, Unit, run_unit, take_row
 _TOLERANCE = 1e-9
 _ENOUGH_FOR_ONE = 200  # one operator on data alone treats all positions alike
 _MOST_ELEMENTS = 1 << 26
+_FEWEST_VALUES = 8  # that integers take in a trial
 
 
 def certify_reads(
@@ -46,7 +47,10 @@ def certify_reads(
     if not single and not all(is_affine(unit, node) for node in data):
         return False
     trial = _Trial(analysis, unit, capacity, values, single)
-    return trial.fits() and trial.is_local() and trial.reproduces()
+    try:
+        return trial.fits() and trial.is_local() and trial.reproduces()
+    except IndexError:  # integers beyond the rows of a table
+        return False
 
 
 def _computes(node: fx.Node, analysis: Consistency) -> bool:
@@ -108,7 +112,11 @@ class _Trial:
         if val.is_floating_point() or val.is_complex():
             noise = torch.randn(shape, generator=generator, dtype=widen(val.dtype))
             return noise.to(seen.device)
-        low, high = int(seen.min()), int(seen.max())
+        if val.dtype is torch.bool:
+            low, high = 0, 1
+        else:  # values that the sample never had count too: a flag of a rare token is zero in all of it
+            low, high = int(seen.min()), int(seen.max())
+            high = max(high, low + _FEWEST_VALUES - 1)
         return torch.randint(low, high + 1, shape, generator=generator).to(seen)
 
     def whole(self, env: dict[fx.Node, Tensor]) -> Tensor:

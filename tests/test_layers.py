@@ -73,6 +73,7 @@ def test_layers_of_two_kinds_in_turn_repeat_together():
     assert calls(layers)[-1] == 3
 
 
+@pytest.mark.slow
 def test_two_stacks_of_different_layers_are_two_parts():
     layers = layers_of(*3 * [LAYER], *3 * ["attention_tril_mask"])
     assert calls(layers)[-2:] in ([3, 3], [2, 3])

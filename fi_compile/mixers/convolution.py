@@ -23,7 +23,7 @@ from fi_compile.twin import widen, widen_call
 from fi_compile.units import Unit, run_unit
 
 from .layout import Layout
-from .pairs import Pairs, close, find_pairs
+from .pairs import Pairs, close, close_by_channel, find_pairs
 from .reference import REFERENCES, convolve
 
 _TOLERANCE = 1e-9
@@ -334,7 +334,7 @@ def verify(
     expected = convolve(flat, derived.kernel, found.source, found.fan_in)
     if derived.offset is not None:
         expected = expected + derived.offset
-    return close(found.layout_out.flatten(function(found.layout_in.unflatten(flat))), expected)
+    return close_by_channel(found.layout_out.flatten(function(found.layout_in.unflatten(flat))), expected)
 
 
 def _offset(zero: Tensor) -> Tensor | None:

@@ -130,6 +130,20 @@ def _holds(response: Callable[[Tensor], Tensor], rows: int, count: int, pairs: P
     return close(response(x), convolve(x.to(kernel.device), kernel, pairs.source, pairs.fan_in))
 
 
+_QUIETEST = 1e-6  # of the loudest channel: what is quieter still is compared at this scale
+
+
+def close_by_channel(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> bool:
+    """Whether two values [B, C, n] agree up to a share of the largest of each channel."""
+    if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
+        return False
+    if not expected.numel():
+        return True
+    scale = expected.abs().amax((0, 2), keepdim=True)
+    scale = scale.clamp_min(max(_QUIETEST * float(scale.max()), 1e-300))
+    return bool(((found - expected).abs() <= tolerance * scale).all())
+
+
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> bool:
     """Whether two values agree up to a share of the largest."""
     if found.shape != expected.shape or not bool(torch.isfinite(found).all()):

@@ -19,8 +19,9 @@ from fi_compile.program import is_tensor
 from fi_compile.units import Unit
 
 from .convolution import layout_of, parameters_behind
-from .groups import Group, Operand, close, noise_of
+from .groups import Group, Operand, noise_of
 from .layout import Layout
+from .pairs import close_by_channel
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Product:
         inputs = [noise_of(group, o, generator) - 1.0 for o in self.operands]
         a, b = self.flatten(inputs).index_select(1, self.source).chunk(2, 1)
         expected = convolve_rows(a, b) * self.derive(values, capacity).unsqueeze(-1)
-        return close(self.layout_out.flatten(group.run(self.operands, inputs)), expected, 1e-9)
+        return close_by_channel(self.layout_out.flatten(group.run(self.operands, inputs)), expected)
 
 
 def convolve_rows(a: Tensor, b: Tensor) -> Tensor:

@@ -68,15 +68,19 @@ def _taps(node: fx.Node, spectrum: Tensor) -> Taps | None:
     dims = [d for d, s in enumerate(spectrum.shape) if s == size]
     if len(dims) != 1:
         return None
-    values = getattr(torch.fft, inverse.removeprefix("fft_"))(widen(spectrum), n=n, dim=dims[0])
-    by_lag = values.abs().square().transpose(0, dims[0]).flatten(1).sum(1)
-    norm = float(by_lag.sum())
-    tails = by_lag.flip(0).cumsum(0).flip(0)  # energy from each lag on
-    kept = tails > (_ROUNDING * torch.finfo(spectrum.dtype).eps) ** 2 * norm
-    count = max(1, int(kept.sum()))
+    rows = widen(spectrum).movedim(dims[0], -1).flatten(0, -2)  # a channel each
+    values = getattr(torch.fft, inverse.removeprefix("fft_"))(rows, n=n)
+    tails = values.abs().square().flip(-1).cumsum(-1).flip(-1)  # energy from each lag on
+    rounding = _ROUNDING * torch.finfo(spectrum.dtype).eps
+    kept = tails > rounding**2 * tails[:, :1]
+    count = max(1, int(kept.any(0).sum()))
     if count == n:
         return None
-    return Taps(n, dims[0], count, inverse, float(tails[count] / max(norm, 1e-300)) ** 0.5)
+    again = getattr(torch.fft, _INVERSE[inverse].removeprefix("fft_"))(values[:, :count], n=n)
+    missed, norms = (torch.linalg.vector_norm(v, dim=-1) for v in (again - rows, rows))
+    if bool((missed > 2 * rounding * norms).any()):  # imaginary parts, say, where a real sequence has none
+        return None
+    return Taps(n, dims[0], count, inverse, float((missed / norms.clamp_min(1e-300)).max()))
 
 
 def _behind(node: fx.Node) -> list[fx.Node]:

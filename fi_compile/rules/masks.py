@@ -12,6 +12,7 @@ from fi_compile.program import operator_name
 
 from .call import Call
 from .sizes import Size, Sizes
+from .triangles import of_operand
 
 # exp(-746) is 0 in double precision, and so in every smaller type.
 UNDERFLOW = -750.0
@@ -30,7 +31,7 @@ def is_hidden(sizes: Sizes, scores: fx.Node, triangle: Triangle) -> str | None:
     tensors = call.tensors()
     if call.name in ("masked_fill", "where"):
         seen = [n for n in tensors if sizes.context.is_data(n)]
-        if len(seen) != 1 or not _finite(triangle.above):
+        if len(seen) != 1 or not _finite(triangle.above) or not _shows_diagonal(call, seen[0], triangle):
             return None
         return _far(triangle.above, 0.0, sizes.of(seen[0]), moved=False)
     if call.name != "add" or call.arg("alpha", 1) != 1 or len(tensors) != 2:
@@ -65,6 +66,16 @@ def _of_mask(
         if (t.query + missing, t.key + missing) == place and _finite(t.above) and _finite(t.diagonal):
             return _far(t.above, t.diagonal, scores, moved=True)
     return None
+
+
+def _shows_diagonal(call: Call, scores: fx.Node, triangle: Triangle) -> bool:
+    """Whether the mask of a choice leaves the scores on the diagonal: else a row may be masked as a whole."""
+    mask = call.arg("condition" if call.name == "where" else "mask")
+    fact = call.context.fact(mask) if isinstance(mask, fx.Node) else None
+    if not isinstance(fact, Fact):
+        return False
+    _, diagonal = of_operand(fact, call.node.meta["val"].dim(), triangle.query, triangle.key)
+    return diagonal is (call.name == "where" and call.arg("self") is scores)
 
 
 def _finite(value: Any) -> bool:

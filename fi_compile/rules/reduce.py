@@ -125,7 +125,9 @@ def softmax(c: Call) -> Fact:
         c.row_local = False
         shown_above = fact.triangles or _by_value(c, fact, dim)
         known = [t for t in shown_above if t.key == dim and masked(t) and not isinstance(t.above, bool)]
-        if not known and len(dims) == 1 and not any(t.query == dim and masked(t) for t in fact.triangles):
+        # The logarithm of a weight that underflows is a finite number.
+        exactly_nothing = "log" not in c.name and len(dims) == 1
+        if exactly_nothing and not known and not any(t.query == dim and masked(t) for t in fact.triangles):
             known = _far_below(c, fact, dim)
         if len(dims) != 1 or not known or c.name == "softmin":
             if any(t.query == dim for t in fact.triangles if masked(t)):

@@ -87,13 +87,18 @@ def _of_table(table: Tensor) -> Size | None:
 
 def _copied(sizes: Sizes, call: Call) -> Size | None:
     """The same entries."""
-    return sizes.of(call.tensors()[0])
+    return sizes.of(call.tensors()[0]) if _floating(call) else None
 
 
 def _shrunk(sizes: Sizes, call: Call) -> Size | None:
     """Entries of the same place, or fewer of them; at most as large as they were."""
-    size = sizes.of(call.tensors()[0])
+    size = sizes.of(call.tensors()[0]) if _floating(call) else None
     return None if size is None else Size(size.each, size.rows)
+
+
+def _floating(call: Call) -> bool:
+    """Whether argument and result are floating: integers wrap around."""
+    return all(n.meta["val"].is_floating_point() for n in (call.node, call.tensors()[0]))
 
 
 def _expanded(sizes: Sizes, call: Call) -> Size | None:
@@ -287,6 +292,8 @@ def _matmul(sizes: Sizes, call: Call) -> Size | None:
     if left is None or right is None:
         return None
     rank, last = call.node.meta["val"].dim(), b.meta["val"].dim() - 1  # type: ignore[union-attr]
+    if b.meta["val"].dim() < 2:  # type: ignore[union-attr]
+        return None
     if left.convex:
         return Size(right.each, {rank - 1: right.rows[last]} if last in right.rows else {})
     rows = sizes.row(a, -1), sizes.row(b, -2)  # type: ignore[arg-type]
@@ -309,13 +316,14 @@ def _embedded(sizes: Sizes, call: Call) -> Size | None:
 
 
 def _joined(sizes: Sizes, call: Call) -> Size | None:
-    parts = [sizes.of(n) for n in call.tensors()]
+    joined = list(call.arg("tensors"))  # one of them may occur twice
+    parts = [sizes.of(n) for n in joined]
     found = [p for p in parts if p is not None]
     if len(found) < len(parts) or call.name != "cat":
         return Size(max(p.each for p in found)) if found and len(found) == len(parts) else None
     rank = call.node.meta["val"].dim()
     dim = call.dim(call.arg("dim", 0), rank)
-    rows = [sizes.row(n, dim) for n in call.tensors()]
+    rows = [sizes.row(n, dim) for n in joined]
     known = [r for r in rows if r is not None and math.isfinite(r)]
     whole = {dim: math.sqrt(sum(r * r for r in known))} if len(known) == len(rows) else {}
     return Size(max(p.each for p in found), whole)

@@ -1,0 +1,121 @@
+"""Attacks on how a step runs: layers that look alike, outputs in one memory, modes, wide accumulators."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fi_compile
+from decoding import decoded, gap
+from fi_compile.layers import split_layers
+from fi_compile.lower import CompiledStep
+
+
+class Normed(nn.Module):
+    """A layer whose norm has a scale alone, or a shift alone, or neither."""
+
+    def __init__(self, width: int, kind: str):
+        super().__init__()
+        self.width, self.kind = width, kind
+        self.value = nn.Parameter(torch.randn(width))
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = (self.value if self.kind == k else None for k in ("scale", "shift"))
+        h = F.layer_norm(x, [self.width], scale, shift, 1e-6)
+        h = F.silu(self.a(h)).cumsum(1)
+        return x + self.b(torch.tanh(h) * torch.sigmoid(h) + h.sin() * h.cos())
+
+
+class Stack(nn.Module):
+    def __init__(self, kinds: tuple[str, ...]):
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.layers = nn.Sequential(*(Normed(8, kind) for kind in kinds))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.layers(self.table(ids))
+
+
+@pytest.fixture(autouse=True)
+def _quiet(without_gradients):
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("kinds", [("scale", "shift"), ("scale", "neither")])
+def test_layers_that_differ_in_what_they_leave_out(kinds):
+    model = Stack(kinds * 2).double().eval()
+    ids = torch.randint(0, 11, (2, 12))
+    dec = fi_compile.decoder(model, ids, options={"step": "eager"})
+    lane = dec._lanes[0][0]
+    graph = CompiledStep(lane.derived.step, lane.tensors, "eager").graph_module.graph
+    layers = split_layers(graph)  # the layers of a kind may be one part, those of two kinds may not
+    operators = [n for part in layers.parts for n in part.graph.nodes if "layer_norm" in str(n.target)]
+    assert len(operators) >= 2
+    assert gap(decoded(dec, ids, 3), model(ids)[:, 2:]) < 1e-10
+
+
+class Doubled(nn.Module):
+    """The same value as two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.head(torch.tanh(self.table(ids).cumsum(1)))
+        return y, y.clone()
+
+
+def test_equal_outputs_are_two_tensors():
+    model, ids = Doubled().eval(), torch.randint(0, 9, (2, 6))
+    dec = fi_compile.decoder(model, ids, options={"step": "inductor"})
+    dec.prefill(ids)
+    a, b = dec.step(ids[:, 0])
+    kept = b.clone()
+    a.zero_()
+    assert torch.equal(b, kept)
+
+
+class Phase(nn.Module):
+    """A float32 model that sums up in float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.sin((x.double() + 3).cumsum(1)) * self.weight).float()
+
+
+def test_wide_accumulators_stay_wide():
+    model, x = Phase(), torch.randn(1, 900, 4)
+    dec = fi_compile.decoder(model, x[:, :5], options={"step": "eager"})
+    assert gap(decoded(dec, x, 450), model(x)[:, 449:]) < 1e-6
+
+
+def test_decoders_cross_inference_mode():
+    model, ids = Stack(("scale",)).eval(), torch.randint(0, 11, (2, 9))
+    with torch.inference_mode():
+        dec = fi_compile.decoder(model, ids[:, :4], options={"step": "eager"})
+        dec.prefill(ids[:, :4])
+        branch = dec.fork()
+        other = dec.fork()
+        other.reorder([1, 0])
+    expected = model(ids)
+    assert gap(dec.step(ids[:, 4]), expected[:, 4]) < 1e-5
+    assert gap(branch.step(ids[:, 4]), expected[:, 4]) < 1e-5
+    assert gap(other.step(ids[[1, 0], 4]), expected[[1, 0], 4]) < 1e-5
+
+
+def test_another_table_of_another_size():
+    model, ids = Stack(("scale",)).eval(), torch.randint(0, 11, (1, 5))
+    dec = fi_compile.decoder(model, ids, options={"step": "eager"})
+    model.table = nn.Embedding(20, 8)
+    dec.reset()
+    ids = ids + 9
+    assert gap(dec.prefill(ids), model(ids)[:, -1]) < 1e-5
+    model.table = nn.Embedding(5, 8)
+    dec.reset()
+    with pytest.raises(fi_compile.InputError, match="0 … 4"):
+        dec.prefill(ids)
