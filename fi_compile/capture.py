@@ -97,14 +97,15 @@ def _sparse(program: Program) -> Unsupported:
 def _trace_at(model: nn.Module, example: Tensor, length: int) -> Program:
     """Export at one length, with a symbolic batch where the model allows it."""
     own = example.shape[0]
-    with attributes_kept(model):
-        try:
+    try:
+        with attributes_kept(model):
             exported = _export(model, _resized(example, max(own, 3), length), dynamic_batch=True)
             program = _read(exported, model, example)
-            if batches_agree(program, model):
-                return program
-        except Exception:
-            pass  # a batch that is written into the model, as in a graph made for one batch
+        if batches_agree(program, model):
+            return program
+    except Exception:
+        pass  # a batch that is written into the model, as in a graph made for one batch
+    with attributes_kept(model):
         exported = _export(model, _resized(example, own, length), dynamic_batch=False)
         return _read(exported, model, example)
 
