@@ -143,8 +143,8 @@ class _Trial:
                     continue
                 if len(new_exit) != 1:
                     return False
-                for chosen in _patterns(self.length):
-                    mixed = _replaced(env[node], other[node], axis, chosen)
+                for chosen in row_patterns(self.length):
+                    mixed = with_rows(env[node], other[node], axis, chosen)
                     after = self.whole({**env, node: mixed})
                     kept = (~chosen).nonzero()[:, 0]
                     if not agrees(
@@ -198,13 +198,15 @@ class _Trial:
         return value
 
 
-def _patterns(length: int) -> list[Tensor]:
+def row_patterns(length: int) -> list[Tensor]:
+    """Bool [length] masks, by the bits of a position: of any two positions some mask holds one and not the other."""
     positions = torch.arange(length)
     bits = [(positions >> b) & 1 == 1 for b in range(max(length - 1, 1).bit_length())]
     return [pattern for bit in bits for pattern in (bit, ~bit)]
 
 
-def _replaced(value: Tensor, other: Tensor, axis: int, chosen: Tensor) -> Tensor:
+def with_rows(value: Tensor, other: Tensor, axis: int, chosen: Tensor) -> Tensor:
+    """The value with the chosen rows along an axis taken from another."""
     shape = [1] * value.dim()
     shape[axis] = -1
     return torch.where(chosen.view(shape).to(value.device), other, value)

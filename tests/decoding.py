@@ -17,8 +17,8 @@ EAGER = {"step": "eager"}
 VOCAB = 11
 
 
-def by_speed(names: Iterable[str], is_quick: Callable[[str], bool]) -> list[Any]:
-    """Names to parametrize a test with; those that are not quick run with `-m slow`."""
+def by_speed(names: Iterable[Any], is_quick: Callable[[Any], bool]) -> list[Any]:
+    """What to parametrize a test with; those that are not quick run with `-m slow`."""
     return [pytest.param(n, marks=() if is_quick(n) else pytest.mark.slow) for n in names]
 
 
@@ -75,6 +75,32 @@ def stacked(rows: Sequence[Any]) -> Any:
     return pytree.tree_map(
         lambda *values: torch.stack(values, 1) if isinstance(values[0], Tensor) else values[0], *rows
     )
+
+
+def goes_back(
+    net: nn.Module, dec: fi_compile.Decoder, sequence: Tensor, places: Sequence[int], steps: int
+) -> None:
+    """From each of these positions in turn the decoder goes on exactly, for so many steps."""
+    for back in places:
+        dec.rewind(back)
+        rest = [dec.step(sequence[:, t]) for t in range(back, back + steps)]
+        assert gap(stacked(rest), net(sequence)[:, back : back + steps]) < 1e-12
+
+
+def forks_and_beams(net: nn.Module, dec: fi_compile.Decoder, width: int) -> None:
+    """A fork goes its own way, and rows that are picked go on, both exactly; leaves 41 positions of two rows."""
+    one, two = features(2, 50, width, seed=3), features(2, 50, width, seed=4)
+    two[:, :20] = one[:, :20]
+    dec.prefill(one[:, :20])
+    other = dec.fork()
+    a = b = one
+    for t in range(20, 40):
+        a, b = dec.step(one[:, t]), other.step(two[:, t])
+    assert gap(a, net(one)[:, 39]) < 1e-12
+    assert gap(b, net(two)[:, 39]) < 1e-12
+    dec.reorder(torch.tensor([1, 1]))
+    picked = one[[1, 1]]
+    assert gap(dec.step(picked[:, 40]), net(picked)[:, 40]) < 1e-12
 
 
 def gap(found: Tensor, expected: Tensor) -> float:

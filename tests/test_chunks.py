@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corpus import scale_weights
-from decoding import decoded, decoder, features, gap
+from decoding import by_speed, decoded, decoder, features, gap
 from fi_compile.capture import trace_module
 from fi_compile.passes.prove_prefix import prove_prefix
 
@@ -162,18 +162,14 @@ def consistent(mix: Callable[..., Tensor]) -> bool:
     return all(gap(out[50][:, :n], y) < 1e-12 for n, y in out.items())
 
 
-def some(functions):
-    """The first of them; with `-m slow` the others, whose tracing takes torch half a minute each."""
-    return [pytest.param(f, marks=pytest.mark.slow if i else ()) for i, f in enumerate(functions)]
-
-
-@pytest.mark.parametrize("mix", some(SOUND), ids=lambda f: f.__name__)
+# Tracing takes torch half a minute each: the others with `-m slow`.
+@pytest.mark.parametrize("mix", by_speed(SOUND, lambda f: f is SOUND[0]), ids=lambda f: f.__name__)
 def test_chunks_are_certified(mix):
     assert consistent(mix)
     assert accepted(mix)
 
 
-@pytest.mark.parametrize("mix", some(FLAWED), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mix", by_speed(FLAWED, lambda f: f is FLAWED[0]), ids=lambda f: f.__name__)
 def test_flawed_chunks_are_not(mix):
     assert not consistent(mix)
     assert not accepted(mix)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fi_compile
-from decoding import decoded, decoder, features, gap, lanes, module, rounding, stacked
+from decoding import decoded, decoder, features, forks_and_beams, gap, goes_back, lanes, module, rounding
 
 WIDTH = 6
 
@@ -188,26 +188,13 @@ def test_going_back(folded):
     (lane,) = lanes(dec)
     assert lane.rewind(100)
     assert not lane.rewind(20)
-    for back in (98, 40, 3, 0):
-        dec.rewind(back)
-        rest = [dec.step(sequence[:, t]) for t in range(back, back + 9)]
-        assert gap(stacked(rest), net(sequence)[:, back : back + 9]) < 1e-12
+    goes_back(net, dec, sequence, (98, 40, 3, 0), 9)
     dec.reset()
 
 
 def test_forks_and_beams(folded):
     net, dec = folded
-    one, two = features(2, 50, WIDTH, seed=3), features(2, 50, WIDTH, seed=4)
-    two[:, :20] = one[:, :20]
-    dec.prefill(one[:, :20])
-    other = dec.fork()
-    for t in range(20, 40):
-        a, b = dec.step(one[:, t]), other.step(two[:, t])
-    assert gap(a, net(one)[:, 39]) < 1e-12
-    assert gap(b, net(two)[:, 39]) < 1e-12
-    dec.reorder(torch.tensor([1, 1]))
-    picked = one[[1, 1]]
-    assert gap(dec.step(picked[:, 40]), net(picked)[:, 40]) < 1e-12
+    forks_and_beams(net, dec, WIDTH)
     dec.reset()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fi_compile
 from corpus import scale_weights
 from corpus.attention import Attention, alibi, lags, sliding_window
-from decoding import decoded, decoder, features, gap, lanes, module, rounding, stacked
+from decoding import decoded, decoder, features, forks_and_beams, gap, goes_back, lanes, module, rounding
 from fi_compile.lane import Lane
 
 WIDTH, WINDOW = 8, 9
@@ -312,26 +312,14 @@ def test_going_back_within_what_is_kept_is_free(slid):
     (lane,) = lanes(dec)
     assert lane.rewind(100)
     assert not lane.rewind(60)
-    for back in (98, 40, 3, 0):
-        dec.rewind(back)
-        rest = [dec.step(sequence[:, t]) for t in range(back, back + 20)]
-        assert gap(stacked(rest), net(sequence)[:, back : back + 20]) < 1e-12
+    goes_back(net, dec, sequence, (98, 40, 3, 0), 20)
     dec.reset()
 
 
 def test_forks_beams_and_ragged_prompts(slid):
     net, dec = slid
-    one, two = features(2, 50, WIDTH, seed=3), features(2, 50, WIDTH, seed=4)
-    two[:, :20] = one[:, :20]
-    dec.prefill(one[:, :20])
-    other = dec.fork()
-    for t in range(20, 40):
-        a, b = dec.step(one[:, t]), other.step(two[:, t])
-    assert gap(a, net(one)[:, 39]) < 1e-12
-    assert gap(b, net(two)[:, 39]) < 1e-12
-    dec.reorder(torch.tensor([1, 1]))
-    picked = one[[1, 1]]
-    assert gap(dec.step(picked[:, 40]), net(picked)[:, 40]) < 1e-12
+    forks_and_beams(net, dec, WIDTH)
+    one = features(2, 50, WIDTH, seed=3)
     found = dec.prefill(one[:, :30], lengths=torch.tensor([30, 5]))
     assert gap(found[1], net(one)[1, 4]) < 1e-12
     following = dec.step(torch.stack([one[0, 30], one[1, 5]]))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fi_compile.passes.certify_reads import row_patterns, with_rows
 from fi_compile.passes.propose_consistency import Consistency
 from fi_compile.passes.prove_prefix import Proof
 from fi_compile.program import Program
@@ -245,16 +246,13 @@ def _placed(group: Group, operand: Operand, operands: Sequence[Operand]) -> Oper
     place = list(operands).index(operand)
     other = noise_of(group, operand, generator)
     before = group.run(operands, values)
-    positions = torch.arange(group.length, device=before.device)
-    for bit in range(max(group.length - 1, 1).bit_length()):
-        for chosen in ((positions >> bit) & 1 == 1, (positions >> bit) & 1 == 0):
-            shape = [-1 if d == operand.layout.axis else 1 for d in range(other.dim())]
-            mixed = [*values]
-            mixed[place] = torch.where(chosen.view(shape), other, values[place])
-            after = group.run(operands, mixed)
-            kept = (~chosen).nonzero()[:, 0]
-            if not torch.equal(after.index_select(time, kept), before.index_select(time, kept)):
-                return operand
+    for chosen in row_patterns(group.length):
+        mixed = [*values]
+        mixed[place] = with_rows(values[place], other, operand.layout.axis, chosen)
+        after = group.run(operands, mixed)
+        kept = (~chosen).nonzero()[:, 0].to(before.device)
+        if not torch.equal(after.index_select(time, kept), before.index_select(time, kept)):
+            return operand
     return Operand(operand.node, operand.layout, True)
 
 
