@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +28,8 @@ from .branches import same_below, same_between
 from .compare import attributes_kept, batches_agree, disagreements, with_last_position, without_layout_holes
 from .errors import Refusal, Unsupported
 from .guards import admitted_lengths
-from .program import Input, Kind, Program
+from .program import Input, Kind, Program, is_integer, operator_name
+from .rules import RULES
 
 _KINDS = {
     InputKind.PARAMETER: Kind.PARAMETER,
@@ -144,7 +146,20 @@ def _export(model: nn.Module, example: Tensor, dynamic_batch: bool) -> ExportedP
     with torch.no_grad(), _traceable_helpers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = export(model, (example,), dynamic_shapes=(dims,), strict=False)
-        return exported.run_decompositions(_decompositions())
+        table = _decompositions()
+        return exported if _is_plain(exported.graph, table) else exported.run_decompositions(table)
+
+
+def _is_plain(graph: fx.Graph, table: Mapping[Any, Any]) -> bool:
+    """Whether a graph writes to nothing and every operator is one that rules know: decomposing would change little."""
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            known = operator_name(node.target) in RULES and node.target not in table
+            if not known or node.target._schema.is_mutable:
+                return False
+        elif node.op == "call_function" and not (is_integer(node) or node.target is operator.getitem):
+            return False
+    return True
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:

@@ -76,6 +76,8 @@ def derive(
     constants: dict[str, Tensor] = {}
     tables: dict[str, Tensor] = {}
     references: dict[str, dict[str, Tensor]] = {}
+    bank = _bank(step, filters, dtype, tiling, kernels)
+    rows = _rows_of(step, bank)
     for mixer in step.mixers:
         found = filters[mixer.name]
         window = step.windows.get(mixer.name)
@@ -85,7 +87,8 @@ def derive(
         if not isinstance(mixer, Convolution):
             continue
         kept = found.kernel[:, : mixer.room] if mixer.ends else found.kernel
-        reference = {"kernel": kept.to(dtype).contiguous()}
+        # Long filters are many bytes: there is one copy of them.
+        reference = {"kernel": rows.get(mixer.name, kept).to(dtype).contiguous()}
         if mixer.gather is not None:
             reference["source"] = mixer.gather
             constants[f"source:{mixer.name}"] = mixer.gather
@@ -96,7 +99,6 @@ def derive(
             else:
                 tables[f"offset:{mixer.name}"] = reference["offset"].t().contiguous()
         references[mixer.name] = reference
-    bank = _bank(step, filters, dtype, tiling, kernels)
     if bank is not None:
         constants |= step.by_mixer("block_table", bank.block_table) | step.by_mixer("skip", bank.skip)
         if bank.source is not None and step.kernels != "torch":
@@ -130,7 +132,7 @@ def _bank(
 ) -> FilterBank | None:
     if not step.stacked:
         return None
-    stacked = torch.cat([filters[m.name].kernel for m in step.stacked]).to(dtype)
+    stacked = [filters[m.name].kernel.to(dtype) for m in step.stacked]
     sources, targets, channels_in, channels_out = [], [], 0, 0
     for mixer in step.stacked:
         sources.append(mixer.source + channels_in)
@@ -142,7 +144,7 @@ def _bank(
     target = None if all(m.fan_in == 1 for m in step.stacked) else torch.cat(targets)
     reach = max(m.room for m in step.stacked) if all(m.ends for m in step.stacked) else None
     if reach is not None and window_size(reach, tiling.block) <= step.capacity // 2:
-        stacked = stacked[:, : window_size(reach, tiling.block)]
+        stacked = [kernel[:, : window_size(reach, tiling.block)] for kernel in stacked]
     else:
         reach = None
     return FilterBank(
@@ -156,6 +158,14 @@ def _bank(
         radix=tiling.radix,
         deferred=tiling.deferred,
     )
+
+
+def _rows_of(step: StepProgram, bank: FilterBank | None) -> dict[str, Tensor]:
+    """Each mixer's filters in the bank's own memory, where it has all of their lags."""
+    if bank is None or bank.reach is not None:
+        return {}
+    counts = [m.layout_out.count * m.fan_in for m in step.stacked]
+    return dict(zip((m.name for m in step.stacked), bank.filters.split(counts), strict=True))
 
 
 def _add_tables(

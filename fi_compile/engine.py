@@ -23,7 +23,7 @@ from .falsify import check_finite, check_step, rows_apart
 from .lane import Lane
 from .lower import CompiledStep
 from .mixers.attention import with_masks
-from .mixers.convolution import Convolution, FilterGrew, classify, recognise, verify
+from .mixers.convolution import LONGEST_WINDOW, Convolution, FilterGrew, classify, recognise, verify
 from .mixers.folds import Fold, recognise_fold
 from .mixers.increments import Mixer
 from .mixers.linear_attention import LinearAttention
@@ -36,6 +36,7 @@ from .mixers.spectra import with_taps
 from .mixers.stack import state_dtype
 from .mixers.tiles import choose_kernels
 from .options import Options
+from .passes.bound_lags import bound_lags
 from .passes.bound_tables import bound_tables
 from .passes.certify_reads import certify_reads
 from .passes.plan_demands import plan_demands
@@ -44,9 +45,10 @@ from .passes.propose_consistency import (
     explain_inconsistency,
     propose_consistency,
 )
-from .passes.prove_prefix import Proof, Step, prove_prefix
+from .passes.prove_prefix import prove_prefix
 from .passes.raise_mixers import raise_mixers
 from .program import Kind, Program, is_tensor, source_of
+from .proof import Proof, Step
 from .report import Report, Snapshot
 from .step import StepProgram
 from .text import program_text
@@ -150,7 +152,10 @@ class Engine:
         """Whether a mixer equals its unit for the present weights up to a capacity."""
         if not isinstance(mixer, Convolution):
             return mixer.holds(proof, self.double_values, capacity)
-        return verify(mixer, self.double_values, capacity, self._filter(mixer, capacity))
+        if mixer.bound is not None and self._lags_bound(mixer.unit, mixer.x, proof) != mixer.bound:
+            return False
+        self._filter(mixer, capacity)  # which raises where it does not
+        return True
 
     def _is_certified(self, node: fx.Node) -> bool:
         """Whether a certificate covers an output: as a sequence, as the newest row, or as a constant."""
@@ -218,6 +223,12 @@ class Engine:
         """The increment of a convolution, or None where the proof and the unit itself do not bear it out."""
         unit, x = found.unit, found.x
         if self.proof.shift_invariant(unit.exit, {x}):
+            found = replace(
+                found,
+                invariant=True,
+                homogeneous=self.proof.homogeneous(unit.exit, {x}),
+                bound=self._lags_bound(unit, x, self.proof),
+            )
             how = "proved a causal convolution at every length"
             true = verify(found, analysis.parameters, analysis.longest)
         elif self._is_affine(unit, x):
@@ -239,9 +250,16 @@ class Engine:
         if chosen.lags is not None and chosen.kind == "long_conv" and derived.kernel.shape[1] < self.capacity:
             raise FilterGrew(found.name)
         chosen, derived = as_recurrence(chosen, chosen.cut(derived), self.dtype)
-        self._filters[found.name, self.capacity] = derived
+        self._filters[found.name, self.capacity] = derived.rounded(self.dtype)
         self.verdicts[found.name] = how
         return chosen
+
+    def _lags_bound(self, unit: Unit, x: fx.Node, proof: Proof) -> int | None:
+        """How many lags a filter is proved to have, where they are few; None where that is not known."""
+        found = bound_lags(proof, unit, x)
+        return (
+            found if found is not None and found <= LONGEST_WINDOW and 4 * found <= proof.capacity else None
+        )
 
     def _recognise_operator(self, analysis: Consistency, unit: Unit) -> Fold | Registered | None:
         found = recognise_fold(analysis, unit) or recognise_registered(analysis, unit)
@@ -410,15 +428,30 @@ class Engine:
                 batch=batch,
                 kernels=self.kernels,
             )
+            self._keep_one_copy(self._derived[key])
         return self._derived[key]
+
+    def _keep_one_copy(self, derived: Derived) -> None:
+        """Long filters are many bytes: let go of those that the bank has."""
+        for mixer in derived.step.stacked:
+            known, kernel = (
+                self._filters[mixer.name, derived.capacity],
+                derived.references[mixer.name]["kernel"],
+            )
+            if kernel.shape == known.kernel.shape:
+                self._filters[mixer.name, derived.capacity] = replace(known, kernel=kernel)
 
     def _filter(self, mixer: Mixer, capacity: int) -> Any:
         key = (mixer.name, capacity)
         if key not in self._filters:
             derived: Any = mixer.derive(self.double_values, capacity)
-            if isinstance(mixer, Convolution) and mixer.lowering == "recurrence":
-                base = self._filters.get((mixer.name, self.capacity))
-                derived = with_modes(mixer, derived, None if base is None else base.modes)
+            if isinstance(mixer, Convolution):
+                if not verify(mixer, self.double_values, capacity, derived):
+                    raise FilterGrew(mixer.name)
+                if mixer.lowering == "recurrence":
+                    base = self._filters.get((mixer.name, self.capacity))
+                    derived = with_modes(mixer, derived, None if base is None else base.modes)
+                derived = derived.rounded(self.dtype)
             self._filters[key] = derived
         return self._filters[key]
 

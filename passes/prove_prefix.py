@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -33,12 +33,12 @@ from fi_compile.program import (
     Kind,
     Program,
     as_expr,
-    data_arguments,
     is_integer,
     is_tensor,
     operator_name,
     source_of,
 )
+from fi_compile.proof import Proof, Step, data_sources
 from fi_compile.rules import RULES, Call
 from fi_compile.rules.affine import exact, holds
 from fi_compile.rules.magnitude import magnitude, of_table
@@ -52,98 +52,6 @@ _BATCHES = (3, 1_000_003)
 _LARGEST_TABLE = 1 << 25
 
 
-@dataclass(frozen=True)
-class Step:
-    """One line of the certificate: which rule certified which node, under which condition."""
-
-    rule: str
-    node: str
-    condition: str
-
-
-@dataclass
-class Proof:
-    """What is certified of every node of a program, for every admitted length up to ``capacity``."""
-
-    program: Program
-    capacity: int
-    facts: dict[fx.Node, Fact] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
-    values_read: frozenset[str] = frozenset()
-    rows_independent: bool = False
-    _length: Quantity = 0
-    _data: set[fx.Node] = field(default_factory=set)
-    _calls: dict[fx.Node, Call] = field(default_factory=dict)
-    _denied: dict[fx.Node, Deny] = field(default_factory=dict)
-
-    def proved(self, node: fx.Node) -> bool:
-        """``V_s(x)`` narrowed to r on its sequence axes is ``V_r(x[:r])``, for all admitted r ≤ s."""
-        fact = self.facts.get(node)
-        return fact is not None and fact.proved(self._length)
-
-    def newest(self, node: fx.Node) -> bool:
-        """The value is a function of row s-1 of proved values (and of constants)."""
-        fact = self.facts.get(node)
-        return fact is not None and fact.newest
-
-    def row_local(self, node: fx.Node) -> bool:
-        """The operator's own rule: each row of the result needs only the same row of each argument."""
-        call = self._calls.get(node)
-        fact = self.facts.get(node)
-        if call is None or fact is None or not call.row_local:
-            return False
-        return all(
-            axis.plain for n in (node, *call.tensors()) if n in self.facts for axis in self.facts[n].axes
-        )
-
-    def call(self, node: fx.Node) -> Call | None:
-        """The call a certified node's rule saw, or ``None``."""
-        return self._calls.get(node) if node in self.facts else None
-
-    def linear_in(self, node: fx.Node, inputs: Collection[fx.Node]) -> bool:
-        """The operator is jointly linear in exactly these arguments, the others held fixed."""
-        call = self._calls.get(node)
-        return call is not None and frozenset(inputs) in call.linear
-
-    def affine_in(self, node: fx.Node, inputs: Collection[fx.Node]) -> bool:
-        """The operator is jointly linear in these arguments up to a term that does not contain them."""
-        call = self._calls.get(node)
-        if call is None or not inputs:
-            return False
-        return any(frozenset(inputs) <= group for group in [*call.linear, *call.affine_groups])
-
-    def shift_invariant(self, node: fx.Node, inputs: Collection[fx.Node] | None = None) -> bool:
-        """The data path from ``inputs`` to ``node`` is linear and commutes with shifts, up to a fixed term.
-
-        Without ``inputs`` the path is followed back to the nearest proved values. Together with
-        ``proved(node)``: the node is a causal convolution of them with input-independent filters.
-        """
-        data = self._data
-        todo, seen = [node], {node}
-        while todo:
-            current = todo.pop()
-            call = self._calls.get(current)
-            sources = {a for a in _sources(current) if a in data}
-            if not sources:
-                return False
-            if call is not None and not any(sources <= group for group in call.invariant):
-                return False
-            if call is None and current.op == "placeholder":
-                return False
-            for source in sources - seen:
-                stop = self.proved(source) if inputs is None else source in inputs
-                if not stop:
-                    todo.append(source)
-                seen.add(source)
-        return True
-
-    def why(self, node: fx.Node) -> str | None:
-        """Why a node has no certificate: the refusal of its own rule, or ``None``."""
-        denied = self._denied.get(node)
-        return None if denied is None else denied.reason
-
-
 def prove_prefix(program: Program, capacity: int, bounded: Mapping[fx.Node, float] | None = None) -> Proof:
     """Walk ``program`` once and certify what each node's rule allows.
 
@@ -154,13 +62,13 @@ def prove_prefix(program: Program, capacity: int, bounded: Mapping[fx.Node, floa
     two admitted lengths up to ``capacity`` agree on the shorter one's rows, for every input. Never raises
     for an unprovable program: ``proof.refusals`` says what stood in the way of its outputs.
     """
-    walker = _Walker(program, capacity, bounded or {})
+    walker = Walker(program, capacity, bounded or {})
     for node in program.graph.nodes:
         walker.visit(node)
     return walker.finish()
 
 
-class _Walker:
+class Walker:
     """The context rules run in: facts so far, and sizes evaluated at every length."""
 
     def __init__(self, program: Program, capacity: int, bounded: Mapping[fx.Node, float]) -> None:
@@ -180,7 +88,7 @@ class _Walker:
         self.tables: dict[fx.Node, Tensor | None] = {}
         self.read_values: set[str] = set()
         self.data: set[fx.Node] = {program.sequence}  # nodes whose data comes from the sequence
-        self.proof = Proof(program, capacity, _length=self.length, _data=self.data)
+        self.proof = Proof(program, capacity, length=self.length, data=self.data)
 
     # -- what rules ask for
 
@@ -257,7 +165,7 @@ class _Walker:
         if not isinstance(value, (Tensor, list, tuple)):
             return
         call: Call | None = None
-        if any(a in self.data for a in _sources(node)):
+        if any(a in self.data for a in data_sources(node)):
             self.data.add(node)
         try:
             if node.op == "placeholder":
@@ -268,7 +176,7 @@ class _Walker:
                 picked = self.fact(node.args[0])  # type: ignore[arg-type]
                 assert isinstance(picked, list)
                 result = picked[node.args[1]]  # type: ignore[index]
-                source = self.proof._calls.get(node.args[0])  # type: ignore[arg-type]
+                source = self.proof.calls.get(node.args[0])  # type: ignore[arg-type]
                 call = Call(node, self)
                 if source is not None:
                     call.row_local = source.row_local
@@ -281,14 +189,14 @@ class _Walker:
         except _Missing:
             return
         except Deny as denied:
-            self.proof._denied[node] = denied
+            self.proof.denied[node] = denied
             return
         except Exception as error:  # a rule met what it was not written for: nothing is certified
-            self.proof._denied[node] = Deny("internal", f"the rule for {node.name} failed: {error!r}")
+            self.proof.denied[node] = Deny("internal", f"the rule for {node.name} failed: {error!r}")
             return
         self.results[node] = result
         if call is not None:
-            self.proof._calls[node] = call
+            self.proof.calls[node] = call
         if isinstance(result, Fact):
             self.proof.facts[node] = result
         if call is not None and node.op == "call_function" and not _picks(node):
@@ -339,7 +247,7 @@ class _Walker:
             raise Deny("random", f"{call.name} draws random numbers", "call model.eval()")
         rule = RULES.get(call.name)
         facts = []
-        for argument in _sources(node):
+        for argument in data_sources(node):
             fact = self.fact(argument)
             facts.extend(fact if isinstance(fact, list) else [fact])
         still = all(f.fixed or (f.newest and not f.scaled and not f.junk) for f in facts)
@@ -396,7 +304,7 @@ class _Walker:
         if call.node.target.namespace != "aten" and unknown and call.node in self.data:
             return False
         numbers = [as_expr(n) for n in call.node.all_input_nodes if is_integer(n)]
-        facts = [self.results[a] for a in _sources(call.node)]
+        facts = [self.results[a] for a in data_sources(call.node)]
         axes = [a for f in facts for g in (f if isinstance(f, list) else [f]) for a in g.axes]
         if any(map(self.follows_batch, numbers)) or any(by_batch(a.size) and not a.batch for a in axes):
             return False
@@ -435,7 +343,7 @@ class _Walker:
         fact = self._held(node, value, fact, call)
         if node not in self.data:
             return replace(fact, rows=True)
-        sources = [self.results[a] for a in _sources(node) if a in self.data and a in self.results]
+        sources = [self.results[a] for a in data_sources(node) if a in self.data and a in self.results]
         flat = [f for s in sources for f in (s if isinstance(s, list) else [s])]
         single = sum(a.batch for a in fact.axes) == 1 and not (call is not None and call.mixes_rows)
         return replace(fact, rows=single and all(f.rows for f in flat))
@@ -452,7 +360,7 @@ class _Walker:
         if node in self.bounded:
             level = of_table(self.table(node))
         elif call is not None:
-            sources = [self.results[a] for a in _sources(node)]
+            sources = [self.results[a] for a in data_sources(node)]
             level = magnitude(
                 call, [f.magnitude for s in sources for f in (s if isinstance(s, list) else [s])]
             )
@@ -532,8 +440,8 @@ class _Walker:
         todo, seen = [output], {output}
         while todo:
             node = todo.pop()
-            if node in self.proof._denied:
-                yield node, self.proof._denied[node]
+            if node in self.proof.denied:
+                yield node, self.proof.denied[node]
             elif node in self.results:
                 if node is output:
                     fact = self.results[node]
@@ -544,16 +452,6 @@ class _Walker:
                     if argument not in seen and not is_integer(argument):
                         seen.add(argument)
                         todo.append(argument)
-
-
-def _sources(node: fx.Node) -> list[fx.Node]:
-    """The arguments whose data a node reads: not those it only takes a shape from."""
-    sources = data_arguments(node) if node.op == "call_function" else []
-    rule = RULES.get(operator_name(node.target))
-    if rule is None or not rule.lends or not sources:
-        return sources
-    lent = {Call(node, None).arg(name) for name in rule.lends}  # type: ignore[arg-type]
-    return [a for a in sources if a not in lent]
 
 
 def _extent(dim: Dim) -> Quantity:

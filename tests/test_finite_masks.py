@@ -12,7 +12,7 @@ from corpus import scale_weights
 from decoding import decoded, decoder, features, gap
 from fi_compile.capture import trace_module
 from fi_compile.facts import Fact
-from fi_compile.passes.prove_prefix import _Walker, prove_prefix
+from fi_compile.passes.prove_prefix import Walker, prove_prefix
 from fi_compile.program import is_tensor
 
 WIDTH, HEADS = 16, 2
@@ -185,7 +185,7 @@ def test_bounds_are_bounds(scale):
     torch.manual_seed(0)
     net = scale_weights(Everything(), 0).double().eval()
     program = trace_module(net, features(2, 9, WIDTH), length=60)
-    walker = _Walker(program, 60, {})
+    walker = Walker(program, 60, {})
     for node in program.graph.nodes:
         walker.visit(node)
     data = [n for n in program.graph.nodes if n in program.input_dependent and is_tensor(n)]

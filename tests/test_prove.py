@@ -18,8 +18,9 @@ from corpus.spellings import SPELLINGS
 from corpus.traps import TRAPS
 from fi_compile.capture import trace_module
 from fi_compile.errors import Unsupported
-from fi_compile.passes.prove_prefix import Proof, prove_prefix
+from fi_compile.passes.prove_prefix import prove_prefix
 from fi_compile.program import Program, operator_name
+from fi_compile.proof import Proof
 from fi_compile.rules import RULES
 
 WIDTH, CAPACITY, L_MAX = 6, 48, 64

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from fi_compile.facts import JUNK, LARGE, OPEN, ORDINARY, is_number
-from fi_compile.passes.prove_prefix import Proof
 from fi_compile.program import data_arguments, operator_name
+from fi_compile.proof import Proof
 from fi_compile.rules.call import Call
 from fi_compile.rules.triangles import VERY_LOW, in_dtype, state
 

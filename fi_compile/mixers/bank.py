@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,11 +24,11 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 class FilterBank:
     """The filters of a stack at one capacity: immutable, a copy of what it was given.
 
-    filters: [F, capacity], float32 or float64, lag 0 first. source: int64 [Cout], the input channel
-    of each output channel; None where they are the same. filter_index: int64 [Cout], the filter of
-    each output channel; None where each has its own. block: the base block K. target: int64 [P], ascending, where
-    output channels read several inputs each: `source` and `filter_index` then count pairs, and pair p belongs to
-    output channel `target[p]`; None where a pair is an output channel. kernels: `torch` or `triton`, what
+    filters: [F, capacity], float32 or float64, lag 0 first, in one tensor or in several that are put together.
+    source: int64 [Cout], the input channel of each output channel; None where they are the same. filter_index: int64
+    [Cout], the filter of each output channel; None where each has its own. block: the base block K. target: int64 [P],
+    ascending, where output channels read several inputs each: `source` and `filter_index` then count pairs, and pair p
+    belongs to output channel `target[p]`; None where a pair is an output channel. kernels: `torch` or `triton`, what
     runs the tiles (see `tiles`).
 
     reach: the number of lags from the first to the last that is not zero, where a sequence may go on beyond the
@@ -42,7 +44,7 @@ class FilterBank:
 
     def __init__(
         self,
-        filters: Tensor,
+        filters: Tensor | Sequence[Tensor],
         source: Tensor | None = None,
         filter_index: Tensor | None = None,
         target: Tensor | None = None,
@@ -54,24 +56,27 @@ class FilterBank:
         radix: int = 2,
         deferred: bool = False,
     ):
-        if filters.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"filters are float32 or float64, found {filters.dtype}")
-        if filters.ndim != 2 or filters.shape[1] < 1:
-            raise ValueError(f"filters are [F, capacity], found {list(filters.shape)}")
+        parts = [filters] if isinstance(filters, Tensor) else list(filters)
+        for part in parts:
+            if part.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"filters are float32 or float64, found {part.dtype}")
+            if part.ndim != 2 or part.shape[1] < 1:
+                raise ValueError(f"filters are [F, capacity], found {list(part.shape)}")
+        count = sum(len(part) for part in parts)
         if block < 1:
             raise ValueError(f"a base block has at least one position, found {block}")
         if deferred and (block % 2 or kernels != "torch"):
             raise ValueError(
                 f"deferred tiles need two equal blocks and torch's kernels, found {block}, {kernels}"
             )
-        pairs = count_pairs(source, filter_index, channels_in, filters.shape[0])
+        pairs = count_pairs(source, filter_index, channels_in, count)
         if target is not None and (target.numel() != pairs or bool((target.diff() < 0).any())):
             raise ValueError(
                 f"target is ascending, one value for each of {pairs} pairs; found {target.numel()}"
             )
         # Ordinary tensors of our own, also under inference mode: they outlive the call.
         with torch.inference_mode(False), torch.no_grad():
-            self.filters = filters.detach().clone(memory_format=torch.contiguous_format)
+            self.filters = torch.cat([part.detach() for part in parts])
             self.source = None if source is None else source.detach().clone()
             self.filter_index = None if filter_index is None else filter_index.detach().clone()
             self.target = None if target is None else target.detach().clone()

@@ -19,18 +19,19 @@ from fi_compile.errors import Refusal, Unsupported
 from fi_compile.kernels.modes import Modes
 from fi_compile.passes.propose_consistency import Consistency
 from fi_compile.program import Program, is_tensor, source_of
-from fi_compile.twin import widen, widen_call
-from fi_compile.units import Unit, run_unit
+from fi_compile.units import Unit
 
 from .layout import Layout
 from .pairs import Pairs, close, close_by_channel, find_pairs
-from .reference import REFERENCES, convolve
+from .reference import REFERENCES, convolve, convolve_at
+from .unit_function import UnitFunction
 
 _TOLERANCE = 1e-9
 _NOISE = 1e-14  # lags below this share of the filter's norm are the transform's rounding
 _CLEAR = 1e-10
-_LONGEST_WINDOW = 256
+LONGEST_WINDOW = 256
 _FAR = 8  # a long filter ends where its support is at most this part of the capacity
+_FEW = 8  # positions at which a proved convolution is compared with its filter
 _MOST_VALUES = 1 << 25  # of the filters of a convolution that mixes channels
 
 
@@ -47,6 +48,11 @@ class Filter:
     offset: Tensor | None
     modes: Modes | None = None
 
+    def rounded(self, dtype: torch.dtype) -> Filter:
+        """The same in the dtype of a state; modes stay as they are."""
+        offset = None if self.offset is None else self.offset.to(dtype)
+        return replace(self, kernel=self.kernel.to(dtype), offset=offset)
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -57,6 +63,9 @@ class Convolution:
     the first to the last that is not zero (``scan``: unbounded). ``lags``: no more of them are extracted, and that they
     are all is seen by comparing with the unit; None: as many as there are positions. ``ends``: whether a long filter is
     zero from ``support`` on, far below the capacity.
+
+    What is proved of it: ``bound``: its filter has no more lags than this, at any length; None where that is not known.
+    ``invariant``: it commutes with shifts. ``homogeneous``: nothing is added to what comes of its input.
     """
 
     program: Program = field(repr=False)
@@ -71,6 +80,9 @@ class Convolution:
     lowering: str = "tiles"
     lags: int | None = None
     ends: bool = False
+    bound: int | None = None
+    invariant: bool = False
+    homogeneous: bool = False
 
     @property
     def name(self) -> str:
@@ -124,14 +136,12 @@ class Convolution:
         Raises :class:`Unsupported` where a filter is not finite, :class:`FilterGrew` where this kind of increment does
         not cover it.
         """
-        function = UnitFunction(self.program, self.unit, self.x, self.layout_in, values, length)
-        offset = _offset(self.layout_out.flatten(function(function.zeros(1)))[0])
-        short = self._extracted(length)
-        kernel = self._kernel(
-            function
-            if short == length
-            else UnitFunction(self.program, self.unit, self.x, self.layout_in, values, short)
-        )
+        short = self.evaluated(length)
+        function = self.function(values, short)
+        zero = self._zero(function)
+        known = self.bound is not None and zero is not None and bool((zero == zero[:, :1]).all())
+        whole = zero if short == length or known else self._zero(self.function(values, length))
+        kernel = self._kernel(function, zero)
         if not bool(torch.isfinite(kernel).all()):
             raise Unsupported(
                 Refusal(
@@ -142,23 +152,32 @@ class Convolution:
                     "check the weights for NaN and the filter for growing exponentials",
                 )
             )
-        found = self.cut(Filter(kernel, offset))
-        if short < length and not verify(self, values, length, found):
+        found = self.cut(Filter(kernel, _offset(whole)))
+        if short < length and self.bound is None and not verify(self, values, length, found):
             raise FilterGrew(self.name)
         return found
 
-    def _extracted(self, length: int) -> int:
-        """How many lags are extracted for a filter of ``length``: all, unless there are too many pairs."""
-        if self.lags is None or self.lags >= length:
-            return length
-        return min(length, self.program.lengths.at_least(self.lags) or length)
+    def function(self, values: Mapping[str, Tensor], length: int) -> UnitFunction:
+        """The unit as a function of x at a length."""
+        return UnitFunction(self.program, self.unit, self.x, self.layout_in, values, length)
 
-    def _kernel(self, function: UnitFunction) -> Tensor:
+    def evaluated(self, length: int) -> int:
+        """The length at which a filter of ``length`` lags is evaluated: all, unless fewer are known to do."""
+        fewer = [n for n in (self.lags, None if self.bound is None else 2 * self.bound) if n is not None]
+        if not fewer or min(fewer) >= length:
+            return length
+        return min(length, self.program.lengths.at_least(min(fewer)) or length)
+
+    def _zero(self, function: UnitFunction) -> Tensor | None:
+        """What the unit adds to what comes of its input, [Cout, n]; None where that is nothing."""
+        return None if self.homogeneous else self.layout_out.flatten(function(function.zeros(1)))[0]
+
+    def _kernel(self, function: UnitFunction, zero: Tensor | None) -> Tensor:
         """The filters [P, n] of the unit at the function's length, or of its first lags."""
-        zero = self.layout_out.flatten(function(function.zeros(1)))
 
         def response(flat: Tensor) -> Tensor:
-            return self.layout_out.flatten(function(self.layout_in.unflatten(flat))) - zero
+            value = self.layout_out.flatten(function(self.layout_in.unflatten(flat)))
+            return value if zero is None else value - zero
 
         return self.pairs.kernel(response, self.layout_in.count, function.length)
 
@@ -179,47 +198,6 @@ class Convolution:
 
 class FilterGrew(Exception):
     """New weights gave a filter outside the class found before; the model must be analysed again."""
-
-
-class UnitFunction:
-    """A unit as a function of one of its inputs, at one length, in double precision."""
-
-    def __init__(
-        self,
-        program: Program,
-        unit: Unit,
-        x: fx.Node,
-        layout: Layout,
-        values: Mapping[str, Tensor],
-        length: int,
-    ) -> None:
-        self.program, self.unit, self.x, self.layout, self.length = program, unit, x, layout, length
-        self.values = values
-        self.device = program.example.device
-        self._fixed: dict[int, dict[fx.Node, Tensor]] = {}
-
-    def fixed(self, batch: int) -> dict[fx.Node, Tensor]:
-        """The values of the other inputs, none of which depends on the sequence."""
-        if batch not in self._fixed:
-            example = self.program.example
-            shape = (batch, self.length, *example.shape[2:])
-            sequence = example.new_zeros((1,) * len(shape), dtype=widen(example.dtype)).expand(shape)
-            others = [n for n in self.unit.reads if n is not self.x]
-            self._fixed[batch] = self.program.evaluate(sequence, self.values, keep=others, rewrite=widen_call)
-        return self._fixed[batch]
-
-    def zeros(self, batch: int) -> Tensor:
-        """A zero input of ``batch`` rows."""
-        return self.layout.zeros(batch, self.length, torch.float64, self.device)
-
-    def __call__(self, value: Tensor) -> Tensor:
-        """The unit's value for an input."""
-        batch = value.shape[self.layout.batch] if self.layout.batch is not None else 1
-        env = {**self.fixed(batch), self.x: value}
-        with torch.no_grad():
-            return run_unit(
-                self.program, self.unit.nodes, env, length=self.length, batch=batch, rewrite=widen_call
-            )
 
 
 def recognise(analysis: Consistency, unit: Unit, x: fx.Node, length: int) -> Convolution | None:
@@ -255,11 +233,11 @@ def classify(found: Convolution, kernel: Tensor, dtype: torch.dtype) -> Convolut
     """
     capacity = kernel.shape[1]
     support = _support(kernel)
-    if dtype == torch.float64 and not _ends(kernel, support):
+    if dtype == torch.float64 and found.bound is None and not _ends(kernel, support):
         support = capacity
     if capacity > 2 and _is_constant(kernel):
         return replace(found, kind="scan", lowering="running_sum")
-    if support <= min(_LONGEST_WINDOW, max(capacity // 2, 1)):
+    if support <= min(LONGEST_WINDOW, max(capacity // 2, 1)):
         return replace(found, kind="short_conv", lowering="window", support=support)
     ending = replace(found, support=support, ends=True)
     return ending if ending.room <= capacity // _FAR else found
@@ -326,19 +304,31 @@ def verify(
     Both sides are linear in the input, so a random input that agrees settles the identity of the two matrices up
     to rounding, with probability one.
     """
-    function = UnitFunction(found.program, found.unit, found.x, found.layout_in, values, length)
     derived = derived or found.derive(values, length)
+    if found.bound is not None:
+        length = found.evaluated(length)
+    function = found.function(values, length)
     generator = torch.Generator().manual_seed(11)
     flat = torch.randn(1, found.layout_in.count, length, dtype=torch.float64, generator=generator)
     flat = flat.to(function.device)
-    expected = convolve(flat, derived.kernel, found.source, found.fan_in)
+    value = found.layout_out.flatten(function(found.layout_in.unflatten(flat)))
+    scale = value.abs().amax((0, 2), keepdim=True)
+    if found.invariant and length > _FEW:
+        # Every lag there is meets the last position.
+        positions = torch.linspace(length // 2, length - 1, _FEW, device=flat.device).long()
+        expected = convolve_at(positions, flat, derived.kernel, found.source, found.fan_in)
+        value = value[..., positions]
+    else:
+        positions = slice(None)
+        expected = convolve(flat, derived.kernel, found.source, found.fan_in)
     if derived.offset is not None:
-        expected = expected + derived.offset
-    return close_by_channel(found.layout_out.flatten(function(found.layout_in.unflatten(flat))), expected)
+        offset = derived.offset
+        expected = expected + (offset if offset.shape[1] == 1 else offset[:, :length][:, positions])
+    return close_by_channel(value, expected, scale=scale)
 
 
-def _offset(zero: Tensor) -> Tensor | None:
-    if not bool(zero.any()):
+def _offset(zero: Tensor | None) -> Tensor | None:
+    if zero is None or not bool(zero.any()):
         return None
     return zero[:, :1] if bool((zero == zero[:, :1]).all()) else zero
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from fi_compile.passes.propose_consistency import Consistency
-from fi_compile.passes.prove_prefix import Proof
 from fi_compile.program import Program, is_getitem, is_tensor, operator_name
+from fi_compile.proof import Proof
 from fi_compile.units import Unit
 
 from .convolution import layout_of

@@ -15,8 +15,8 @@ from torch import Tensor, fx
 
 from fi_compile.facts import is_number
 from fi_compile.passes.propose_consistency import Consistency
-from fi_compile.passes.prove_prefix import Proof
 from fi_compile.program import is_tensor
+from fi_compile.proof import Proof
 from fi_compile.twin import widen, widen_call
 from fi_compile.units import Unit, run_unit
 

@@ -18,8 +18,8 @@ from torch import Tensor, fx
 
 from fi_compile.facts import is_number
 from fi_compile.passes.propose_consistency import Consistency
-from fi_compile.passes.prove_prefix import Proof
 from fi_compile.program import as_expr, is_tensor, operator_name
+from fi_compile.proof import Proof
 from fi_compile.rules.affine import DECIDE, aligned, combine, exact
 from fi_compile.twin import widen, widen_call
 from fi_compile.units import run_unit

@@ -14,8 +14,8 @@ from torch import Tensor, fx
 
 from fi_compile.kernels.linear_attention import Contraction
 from fi_compile.passes.propose_consistency import Consistency
-from fi_compile.passes.prove_prefix import Proof
 from fi_compile.program import Program
+from fi_compile.proof import Proof
 from fi_compile.units import Unit
 
 from .convolution import FilterGrew

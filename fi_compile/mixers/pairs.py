@@ -133,13 +133,16 @@ def _holds(response: Callable[[Tensor], Tensor], rows: int, count: int, pairs: P
 _QUIETEST = 1e-6  # of the loudest channel: what is quieter still is compared at this scale
 
 
-def close_by_channel(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> bool:
-    """Whether two values [B, C, n] agree up to a share of the largest of each channel."""
+def close_by_channel(
+    found: Tensor, expected: Tensor, tolerance: float = 1e-9, scale: Tensor | None = None
+) -> bool:
+    """Whether two values [B, C, n] agree up to a share of the largest of each channel, or of ``scale`` [1, C, 1]."""
     if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
         return False
     if not expected.numel():
         return True
-    scale = expected.abs().amax((0, 2), keepdim=True)
+    if scale is None:
+        scale = expected.abs().amax((0, 2), keepdim=True)
     scale = scale.clamp_min(max(_QUIETEST * float(scale.max()), 1e-300))
     return bool(((found - expected).abs() <= tolerance * scale).all())
 

@@ -47,6 +47,17 @@ def convolve(x: Tensor, kernel: Tensor, source: Tensor | None, fan_in: int) -> T
     return out
 
 
+def convolve_at(positions: Tensor, x: Tensor, kernel: Tensor, source: Tensor | None, fan_in: int) -> Tensor:
+    """The same at some positions, int64 [m], by direct sums: [B, P / fan_in, m]."""
+    columns = []
+    for t in positions.tolist():
+        lags = min(t + 1, kernel.shape[1])
+        newest = x[..., t + 1 - lags : t + 1].flip(-1)
+        newest = newest if source is None else newest[:, source]
+        columns.append(sum_pairs((newest * kernel[:, :lags]).sum(-1), fan_in))
+    return torch.stack(columns, -1)
+
+
 def short_conv(
     x: Tensor,
     kernel: Tensor,

@@ -18,8 +18,8 @@ from torch import Tensor, fx
 from fi_compile.errors import InputError, Refusal, Unsupported
 from fi_compile.facts import Axis, Deny, Fact, fixed, least
 from fi_compile.passes.propose_consistency import Consistency, agrees
-from fi_compile.passes.prove_prefix import Proof
 from fi_compile.program import Program, is_integer, is_tensor, operator_name, source_of
+from fi_compile.proof import Proof
 from fi_compile.rules.call import RULES, Call, Rule, one
 from fi_compile.twin import widen, widen_call
 from fi_compile.units import Unit

@@ -17,8 +17,8 @@ from torch import Tensor, fx
 
 from fi_compile.passes.certify_reads import row_patterns, with_rows
 from fi_compile.passes.propose_consistency import Consistency
-from fi_compile.passes.prove_prefix import Proof
 from fi_compile.program import Program
+from fi_compile.proof import Proof
 from fi_compile.twin import widen, widen_call
 from fi_compile.units import Unit, run_unit
 
