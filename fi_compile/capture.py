@@ -153,11 +153,13 @@ def _export(model: nn.Module, example: Tensor, dynamic_batch: bool) -> ExportedP
 def _is_plain(graph: fx.Graph, table: Mapping[Any, Any]) -> bool:
     """Whether a graph writes to nothing and every operator is one that rules know: decomposing would change little."""
     for node in graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            known = operator_name(node.target) in RULES and node.target not in table
-            if not known or node.target._schema.is_mutable:
-                return False
-        elif node.op == "call_function" and not (is_integer(node) or node.target is operator.getitem):
+        if node.op != "call_function" or is_integer(node) or node.target is operator.getitem:
+            continue
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return False
+        known = operator_name(node.target) in RULES and node.target not in table
+        schema = node.target._schema
+        if schema.is_mutable or (schema.returns and not known):  # what returns nothing is an assertion
             return False
     return True
 
