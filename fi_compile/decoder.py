@@ -368,7 +368,12 @@ class Decoder:
     def _grown(self, lane: Lane, rows: list[int], capacity: int) -> Lane:
         """A lane with more room; where a filter leaves its class there, everything is derived anew."""
         try:
-            return lane.moved(self.engine.derived(lane.batch, capacity))
+            derived = self.engine.derived(lane.batch, capacity)
+            if lane.keeps_inputs:
+                return lane.moved(derived)
+            fresh = Lane(derived, lane.batch)
+            self._advance(fresh, self._sequence[rows, : lane.position])
+            return fresh
         except FilterGrew:
             with self._enlarged(capacity):
                 lanes = []

@@ -67,16 +67,18 @@ def derive(
     batch: int,
     rewrite: Rewrite | None = None,
     kernels: str = "torch",
+    keep_history: bool = True,
 ) -> Derived:
     """Evaluate everything that does not depend on the sequence, up to the step's capacity.
 
     ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, are what each mixer derived
     in double precision, rounded here, once, to ``dtype``. ``kernels``: what runs the tiles, ``torch`` or ``triton``.
+    ``keep_history``: whether the inputs of all positions stay at hand, see :class:`FilterBank`.
     """
     constants: dict[str, Tensor] = {}
     tables: dict[str, Tensor] = {}
     references: dict[str, dict[str, Tensor]] = {}
-    bank = _bank(step, filters, dtype, tiling, kernels)
+    bank = _bank(step, filters, dtype, tiling, kernels, keep_history)
     rows = _rows_of(step, bank)
     for mixer in step.mixers:
         found = filters[mixer.name]
@@ -128,7 +130,12 @@ def tile_step(
 
 
 def _bank(
-    step: StepProgram, filters: Mapping[str, Any], dtype: torch.dtype, tiling: Tiling, kernels: str
+    step: StepProgram,
+    filters: Mapping[str, Any],
+    dtype: torch.dtype,
+    tiling: Tiling,
+    kernels: str,
+    keep_history: bool,
 ) -> FilterBank | None:
     if not step.stacked:
         return None
@@ -157,6 +164,7 @@ def _bank(
         kernels=kernels,
         radix=tiling.radix,
         deferred=tiling.deferred,
+        keep_history=keep_history or reach is not None,
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from .derive import Derived
 from .lane import Lane
 from .mixers.increments import weights_of
 from .program import source_of
@@ -43,6 +44,7 @@ def describe(engine: Engine) -> Report:
         state_bytes=Lane(derived, 1).state_bytes,
         capacity=engine.capacity,
         notes=(
+            *_given_up(derived),
             *(f"{s.node!r}: {s.condition}" for s in engine.proof.steps if s.rule == "numerically bounded"),
             *(
                 f"{unit.exit.name!r} recomputes all rows every step: "
@@ -51,6 +53,14 @@ def describe(engine: Engine) -> Report:
             ),
         ),
     )
+
+
+def _given_up(derived: Derived) -> tuple[str, ...]:
+    """What is said of a state that keeps no history."""
+    if derived.bank is None or not derived.bank.halved:
+        return ()
+    half = derived.bank.capacity
+    return (f"inputs of long convolutions are given up at position {half}, where the schedule begins anew",)
 
 
 def _looks_back(engine: Engine, unit: Unit) -> bool:

@@ -82,6 +82,8 @@ class Engine:
         self.kernels = choose_kernels(options.kernels, program.example.device)
         if self.kernels != "torch" and options.latency == "bounded":
             raise InputError("option latency='bounded' needs kernels='torch': Triton's tiles run at once")
+        if not options.keep_history and (self.kernels != "torch" or options.latency == "bounded"):
+            raise InputError("option keep_history=False needs kernels='torch' and latency='throughput'")
         self._block: int | None = None  # the base block, once it is chosen
         self._reach: int | None = None  # positions at which the tables end, once that was met
         self._reached = 0
@@ -427,6 +429,7 @@ class Engine:
                 tiling=tiling,
                 batch=batch,
                 kernels=self.kernels,
+                keep_history=self.options.keep_history,
             )
             self._keep_one_copy(self._derived[key])
         return self._derived[key]

@@ -80,6 +80,11 @@ class Lane:
         return held
 
     @property
+    def keeps_inputs(self) -> bool:
+        """Whether what went into long convolutions is at hand, as a move to another capacity needs it."""
+        return self.conv is None or not (self.conv.bank.halved and self.conv.dropped)
+
+    @property
     def signature(self) -> tuple[Any, ...]:
         """Names, shapes, strides and dtypes of the step's tensors: what a compiled step is specialised to."""
         return tuple((name, tuple(t.shape), t.stride(), t.dtype) for name, t in self.tensors.items())
@@ -208,8 +213,9 @@ class Lane:
         if self.conv is not None:
             assert derived.bank is not None
             new.conv = self.conv.select_rows(index)
-            if derived.bank is not self.conv.bank:
+            if derived.capacity != self.derived.capacity:
                 new.conv = new.conv.grow(derived.bank)
+            new.conv.bank = derived.bank
             new._view_block()
             start = self.position - new.conv.local
         new._begin_block(start)

@@ -29,6 +29,8 @@ class Options:
     ``block``: the base block K, positions summed directly in the step before tiles take over; ``auto``: by cost.
     ``radix``: how many blocks of one size make a block of the next, 2 or more; ``auto``: by cost.
     ``latency``: ``throughput``, or ``bounded``: every step does its share of the tiles, so that none takes long.
+    ``keep_history``: False halves the state of long convolutions where ``max_length`` is known, and makes going back
+    cost a forward.
     ``kernels``: what runs the convolutions, ``torch`` or ``triton`` (``auto``: Triton on a GPU).
     ``step``: how a step runs, ``aot`` (native libraries kept on disk), ``inductor`` or ``eager`` (no compiler, slow,
     for tests); ``auto``: ``aot`` on the CPU, ``inductor`` elsewhere.
@@ -42,6 +44,7 @@ class Options:
     block: int | str = "auto"
     radix: int | str = "auto"
     latency: str = "throughput"
+    keep_history: bool = True
     kernels: str = "auto"
     step: str = "auto"
     fallback: str = "inductor"
@@ -52,6 +55,8 @@ class Options:
             value = getattr(self, name)
             if value not in allowed:
                 raise InputError(f"option {name}={value!r}: expected one of {', '.join(allowed)}")
+        if not isinstance(self.keep_history, bool):
+            raise InputError(f"option keep_history={self.keep_history!r}: expected True or False")
         for name, least in _INTEGERS.items():
             value = getattr(self, name)
             if value is None or (name in _AUTOMATIC and value == "auto"):

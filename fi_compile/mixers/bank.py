@@ -38,6 +38,10 @@ class FilterBank:
     radix, deferred: the tiling, see `Schedule`. Where tiles are deferred a step sums two base blocks of K/2 positions,
     K even, the current one and the one before.
 
+    keep_history: whether all inputs stay at hand. Else `capacity` is half of the `total` positions that the filters
+    reach, in whole blocks: half way a state gives up its inputs for what they contribute to the second half. Not with
+    deferred tiles, a reach or Triton; where less than two blocks can be saved everything is kept.
+
     block_table [2K, P] is what `kernels.block.block_sum` reads; skip [P] is lag 0. Raises
     ValueError for shapes, indices or dtypes that do not fit together.
     """
@@ -55,6 +59,7 @@ class FilterBank:
         kernels: str = "torch",
         radix: int = 2,
         deferred: bool = False,
+        keep_history: bool = True,
     ):
         parts = [filters] if isinstance(filters, Tensor) else list(filters)
         for part in parts:
@@ -68,6 +73,10 @@ class FilterBank:
         if deferred and (block % 2 or kernels != "torch"):
             raise ValueError(
                 f"deferred tiles need two equal blocks and torch's kernels, found {block}, {kernels}"
+            )
+        if not keep_history and (deferred or reach is not None or kernels != "torch"):
+            raise ValueError(
+                "a history is given up with torch's tiles alone, neither deferred nor of a reach"
             )
         pairs = count_pairs(source, filter_index, channels_in, count)
         if target is not None and (target.numel() != pairs or bool((target.diff() < 0).any())):
@@ -84,6 +93,8 @@ class FilterBank:
             lag0 = self.filters[:, 0]
             index = self.filter_index
             self.skip = lag0.clone() if index is None else lag0.index_select(0, index)
+        half = -(-self.total // (4 * block)) * 2 * block
+        self.capacity = self.total if keep_history or half + 2 * block > self.total else half
         self.channels_in = channels_in
         self.channels_out = pairs if target is None else int(target[-1]) + 1
         self.block = block
@@ -95,7 +106,9 @@ class FilterBank:
                 f" of {reach + SLACK - 1} positions or more; found {self.capacity}"
             )
         chosen = kernels if target is None else "torch"  # the Triton kernels know no pairs
-        self.tiles = TILES[chosen](self.filters, self.source, self.filter_index, self.target)
+        self.tiles = TILES[chosen](
+            self.filters[:, : self.capacity], self.source, self.filter_index, self.target
+        )
         self.radix = 2 if chosen == "triton" else radix  # those kernels serve one block of inputs a tile
         self.deferred = deferred
         if deferred:
@@ -103,9 +116,14 @@ class FilterBank:
             self.tiles.prepare(self.schedule(0))
 
     @property
-    def capacity(self) -> int:
+    def total(self) -> int:
         """The number of positions the filters reach."""
         return self.filters.shape[1]
+
+    @property
+    def halved(self) -> bool:
+        """Whether a state gives up its inputs half way."""
+        return self.capacity < self.total
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,5 +175,15 @@ class FilterBank:
 
     def write_prefix(self, history: Tensor, pending: Tensor, length: int) -> None:
         """Make pending[..., length:] what the first `length` inputs contribute, and no more."""
+        filters = self.filters[:, : self.capacity]
         inputs, outputs = history[:, :, :length], pending[:, :, length:]
-        write_prefix(outputs, inputs, self.filters, self.source, self.filter_index, self.target)
+        write_prefix(outputs, inputs, filters, self.source, self.filter_index, self.target)
+
+    def write_rest(self, inputs: Tensor, pending: Tensor) -> None:
+        """Make pending what `inputs` [B, Cin, P] contribute to the positions from P on, at most `capacity` of them.
+
+        The two may share memory where channels map one to one: a chunk of channels is read before it is written.
+        """
+        rest = self.total - inputs.shape[-1]
+        write_prefix(pending[:, :, :rest], inputs, self.filters, self.source, self.filter_index, self.target)
+        pending[:, :, rest:] = 0

@@ -33,7 +33,8 @@ class ConvState:
     block before it too.
     `position` is the next one to be computed, `origin` where the schedule was last restarted. Both, and all positions
     here, count from `dropped`: where the bank says how far filters reach, a state that is full drops its oldest inputs
-    and restarts, and so goes on for ever.
+    and restarts, and so goes on for ever. Where the bank keeps no history, a full state gives up all of its inputs once
+    what they contribute to the rest of the sequence is pending.
 
     A step at `position` computes, with j = `local`,
     `block_pending[j] + block_sum(block_inputs, table, j, source) + skip * input`, writes its input
@@ -69,8 +70,16 @@ class ConvState:
     def _begin_schedule(self, origin: int) -> None:
         self.schedule = self.bank.schedule(origin)
         self.origin = origin
+        self._limit = (
+            min(self.capacity, self.bank.total - self.dropped) if self.bank.halved else self.capacity
+        )
         # Of the row 0 of the block's buffers, and where the current block ends.
-        self._block_start, self._block_end = origin, origin + self.bank.hop
+        self._block_start, self._block_end = origin, self._end_of_block(origin)
+
+    def _end_of_block(self, start: int) -> int:
+        """Where a block ends: early at the half where inputs are given up."""
+        end = start + self.bank.hop
+        return min(end, self.capacity) if self.bank.halved and not self.dropped else end
 
     @property
     def batch(self) -> int:
@@ -112,7 +121,7 @@ class ConvState:
         Raises IndexError at the capacity, RuntimeError where the state is not consistent.
         """
         position = self.position + 1
-        if position > self.bank.capacity or not self.consistent:
+        if position > self._limit or not self.consistent:
             self._refuse()
         if position >= self._block_end:
             self._end_block(position)
@@ -140,6 +149,9 @@ class ConvState:
         if self.bank.reach is not None and end + self.bank.hop > self.capacity:
             self._drop(end)
             return
+        if self.bank.halved and end == self.capacity and not self.dropped:
+            self._begin_rest(self.history, end)
+            return
         self._flight.finish(end)
         for tile in self.schedule.tiles_after(end - 1):
             if tile.gap:
@@ -156,7 +168,7 @@ class ConvState:
     def _next_block(self, start: int) -> None:
         """Go on to the block that begins at `start`; with deferred tiles the one before it stays."""
         hop = self.bank.hop
-        self._block_end = start + hop
+        self._block_end = self._end_of_block(start)
         if not self.bank.deferred:
             self._block_start = start
             self._load_block()
@@ -173,6 +185,18 @@ class ConvState:
         self.dropped += end - half
         self.position = self._flushed = half
         self.restart(half)
+
+    def _begin_rest(self, inputs: Tensor, length: int) -> None:
+        """Give up the inputs [B, Cin, P] of the first P positions for what they contribute to all others."""
+        self.consistent = False
+        self._kept.clear()
+        self.bank.write_rest(inputs, self.pending)
+        if not self.bank.in_place:
+            self.history.zero_()
+        self.dropped, self.position, self._flushed = length, 0, 0
+        self._begin_schedule(0)
+        self._load_block()
+        self.consistent = True
 
     def _load_block(self, row: int = 0) -> None:
         """From `row` of the block's buffers on: the positions' pending outputs, no inputs yet."""
@@ -234,6 +258,8 @@ class ConvState:
         The same for prefill, rewind, growth and repair. Positions up to `position` must have been
         stepped through or written; raises ValueError otherwise.
         """
+        if self.bank.halved and self.dropped:
+            raise RuntimeError("the inputs of the first half were given up: fill a new state")
         self._check_reached(position)
         if self._flushed < position:
             self._flush(position)
@@ -256,14 +282,24 @@ class ConvState:
     def fill(self, inputs: Tensor) -> None:
         """Take over the inputs [B, Cin, P] of a sequence's first P positions."""
         length, half = inputs.shape[-1], self.capacity // 2
+        if self.bank.halved and length >= self.capacity:
+            self._begin_rest(inputs, length)
+            return
         self.position = self._flushed = 0
         self.dropped = 0 if self.bank.reach is None else max(0, length // half - 1) * half
         self.write_history(inputs[:, :, self.dropped :])
         self.restart(length - self.dropped)
 
+    @property
+    def _first(self) -> int:
+        """Where the current block begins."""
+        return max(self._block_start, self._block_end - self.bank.hop)
+
     def can_rewind(self, position: int) -> bool:
         """Whether all inputs are kept that outputs from a position of the sequence on depend on."""
         reach = self.bank.reach
+        if self.bank.halved and self.dropped:
+            return self.consistent and self._first <= position - self.dropped <= self.position
         return (
             not self.dropped or position == 0 or (reach is not None and position - self.dropped >= reach - 1)
         )
@@ -276,7 +312,7 @@ class ConvState:
 
     def rewind(self, position: int) -> None:
         """Back to `position`: inside the current block at no cost, else by `restart`."""
-        if self.consistent and self._block_end - self.bank.hop <= position <= self.position:
+        if self.consistent and self._first <= position <= self.position:
             self.consistent = False
             self._flushed = min(self._flushed, position)
             self.position = position
@@ -339,7 +375,7 @@ class ConvState:
         new.bank, new.position, new.consistent = self.bank, self.position, True
         new.tiles_run, new.positions_tiled = Counter(), 0
         new.dropped = self.dropped
-        new.schedule, new.origin = self.schedule, self.origin
+        new.schedule, new.origin, new._limit = self.schedule, self.origin, self._limit
         new._block_start, new._block_end, new._flushed = self._block_start, self._block_end, self._flushed
         new._kept, new._flight = KeptSpectra(), Flight()
         return new
