@@ -78,6 +78,10 @@ class _Trial:
         self.length = admitted if admitted is not None else analysis.longest
         self.batch = self.program.batch if isinstance(self.program.batch, int) else 2
         self.values = values
+        own = analysis.axes[unit.exit]
+        self.channels = [
+            d for d in range(unit.exit.meta["val"].dim()) if d not in own.rows and d not in own.batch
+        ]
 
     def axes(self, node: fx.Node) -> Axes:
         return self.analysis.axes[node]
@@ -151,6 +155,7 @@ class _Trial:
                         after.index_select(new_exit[0], kept),
                         before.index_select(new_exit[0], kept),
                         _TOLERANCE,
+                        apart=self.channels,
                     ):
                         return False
         return True
@@ -189,7 +194,7 @@ class _Trial:
                 expected = take_row(expected, axis, t)
                 if self.unit.binding == "region":
                     found = take_row(found, axis, t)
-        return agrees(found, expected, _TOLERANCE, whole)
+        return agrees(found, expected, _TOLERANCE, whole, self.channels)
 
     def _given(self, node: fx.Node, demand: Demand, t: int, value: Tensor) -> Tensor:
         for axis, kind in zip(self.axes(node).rows, demand, strict=True):

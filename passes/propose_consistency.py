@@ -6,7 +6,7 @@ checked on the float64 twin at a few awkward lengths; the static certificate is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,8 @@ from fi_compile.twin import random_sequence, twin_values, widen_call
 
 _BATCH = 3
 _TOLERANCE = 1e-11  # of a value's scale; true noise of the twin stays under 4e-14
+# Of the loudest channel: what is quieter still may be its rounding, and is judged at this scale.
+QUIETEST = 1e-6
 _CHECKED = 4096  # a size is s if it equals s at every admitted length up to here
 
 
@@ -152,10 +154,17 @@ def narrowed(value: Tensor, axes: tuple[int, ...], length: int) -> Tensor:
     return value
 
 
-def agrees(found: Any, expected: Tensor, tolerance: float = _TOLERANCE, whole: Tensor | None = None) -> bool:
+def agrees(
+    found: Any,
+    expected: Tensor,
+    tolerance: float = _TOLERANCE,
+    whole: Tensor | None = None,
+    apart: Sequence[int] = (),
+) -> bool:
     """Equal shapes and dtypes, equal infinities and NaNs, finite parts within tolerance of the scale.
 
-    The scale is that of ``expected``, or of ``whole`` where that is a part of it: a single row may be zero.
+    The scale is that of ``expected``, or of ``whole`` where that is a part of it: a single row may be zero. Along the
+    dimensions ``apart``, channels, each index has a scale of its own: a loud one hides no quiet one.
     """
     if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
         return False
@@ -168,13 +177,21 @@ def agrees(found: Any, expected: Tensor, tolerance: float = _TOLERANCE, whole: T
         special = ~finite
         if not torch.allclose(found[special], expected[special], equal_nan=True):
             return False
-        found, expected = found[finite], expected[finite]
+        found, expected = (torch.where(finite, v, 0.0) for v in (found, expected))
     if expected.numel() == 0:
         return True
-    scale = float(expected.abs().max())
+    scale = _scale(expected, apart)
     if whole is not None:
-        scale = max(scale, float(whole[torch.isfinite(whole)].abs().max()))
-    return float((found - expected).abs().max()) <= tolerance * scale
+        scale = torch.maximum(scale, _scale(whole, apart))
+    scale = scale.clamp_min(QUIETEST * float(scale.max()))
+    return bool(((found - expected).abs() <= tolerance * scale).all())
+
+
+def _scale(value: Tensor, apart: Sequence[int]) -> Tensor:
+    """The largest finite magnitude of each channel, the other dimensions kept with size 1."""
+    together = [d for d in range(value.dim()) if d not in apart]
+    size = torch.where(torch.isfinite(value), value.abs(), 0.0)
+    return size.amax(together, keepdim=True) if together else size
 
 
 def explain_inconsistency(analysis: Consistency) -> Refusal:

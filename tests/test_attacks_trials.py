@@ -154,6 +154,18 @@ def test_a_loud_channel_hides_no_quiet_one(from_data):
     exact_or_refused(net, rand(1, 12, 4), rand(1, 100, 4))
 
 
+def test_a_loud_channel_hides_no_far_row_of_a_quiet_one():
+    gain = torch.tensor([1e12, 1.0], dtype=torch.float64)
+
+    def mix(s: nn.Module, x: Tensor) -> Tensor:
+        lag = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+        near, far = (lag == 0).to(x.dtype), (lag == 40).to(x.dtype)
+        weights = torch.stack([near, near + far]) * s.gain[:, None, None]
+        return (weights * x.mT.unsqueeze(2)).sum(-1).mT / s.gain
+
+    exact_or_refused(Net(mix, gain=gain), rand(1, 12, 2), rand(1, 100, 2))
+
+
 def test_a_loud_spectrum_hides_no_quiet_one():
     taps = torch.randn(2, 256) * 0.1
     taps[0, 10:] = 0

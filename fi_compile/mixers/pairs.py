@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fi_compile.passes.propose_consistency import QUIETEST
+
 from .reference import convolve
 
 _CLEAR = 1e-12  # a response below this share of its output's largest is another channel's rounding
@@ -130,9 +132,6 @@ def _holds(response: Callable[[Tensor], Tensor], rows: int, count: int, pairs: P
     return close(response(x), convolve(x.to(kernel.device), kernel, pairs.source, pairs.fan_in))
 
 
-_QUIETEST = 1e-6  # of the loudest channel: what is quieter still is compared at this scale
-
-
 def close_by_channel(
     found: Tensor, expected: Tensor, tolerance: float = 1e-9, scale: Tensor | None = None
 ) -> bool:
@@ -143,7 +142,7 @@ def close_by_channel(
         return True
     if scale is None:
         scale = expected.abs().amax((0, 2), keepdim=True)
-    scale = scale.clamp_min(max(_QUIETEST * float(scale.max()), 1e-300))
+    scale = scale.clamp_min(max(QUIETEST * float(scale.max()), 1e-300))
     return bool(((found - expected).abs() <= tolerance * scale).all())
 
 
