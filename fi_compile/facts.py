@@ -15,7 +15,7 @@ Convolution of contents then needs no linearity: c = a * b is known up to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
@@ -458,8 +458,8 @@ class Triangle:
     """What is known where index ``key`` > index ``query``, and where they are equal.
 
     ``above``/``diagonal`` hold the one value there, :data:`OPEN` (only ``diagonal``) where numbers of ordinary
-    size are, ``None`` where nothing more is known of the (certified) data, or :data:`JUNK` where the fact
-    claims nothing.
+    size are, ``None`` where no more is known of the (certified) data than of all entries, or :data:`JUNK` where
+    the fact claims nothing.
     """
 
     query: int
@@ -479,6 +479,24 @@ class Chunk:
     inner: int
     size: int
     valid: Quantity
+
+
+@dataclass(frozen=True)
+class View:
+    """Whose entries a tensor shows: index i_0, i_1, … is the base's entry at i_k on its dimension ``dims[k]``.
+
+    ``None`` in ``dims``: a dimension the base has not. A dimension of the base that is not in ``dims`` has size 1.
+    """
+
+    base: Any  # the fx node
+    dims: tuple[int | None, ...]
+
+    def moved(self, where: Mapping[int, int], rank: int) -> View:
+        """The view with its dimensions rearranged; ``where`` maps old to new dimensions of ``rank`` in all."""
+        dims: list[int | None] = [None] * rank
+        for old, new in where.items():
+            dims[new] = self.dims[old]
+        return View(self.base, tuple(dims))
 
 
 class _Junk:
@@ -516,6 +534,7 @@ class Fact:
     bounds: tuple[Quantity, Quantity] | None = None  # of an integer tensor: least and greatest value
     magnitude: int = ORDINARY
     chunks: tuple[Chunk, ...] = ()
+    view: View | None = None
 
     @property
     def axes(self) -> tuple[Axis, ...]:

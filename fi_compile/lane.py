@@ -141,7 +141,9 @@ class Lane:
         for mixer in step.mixers:
             window = step.windows.get(mixer.name)
             if window is not None:
-                flat = mixer.flatten([values[x.name] for x in mixer.inputs]).to(self.derived.dtype)
+                flat = mixer.flatten([values[x.name] for x in mixer.inputs])
+                if flat.is_floating_point():  # integers are kept as they are
+                    flat = flat.to(self.derived.dtype)
                 weights = weights_of(window, mixer.name, self.tensors)
                 window.fill(self.tensors[f"ring:{mixer.name}"], flat, weights)
         if self.conv is not None:

@@ -187,7 +187,9 @@ class _Run:
             row = offset if offset.dim() == 1 else torch.index_select(offset, 0, self.local)[0]
             z = z + row
         value = mixer.layout_out.unflatten(z.unsqueeze(-1))
-        return value if self.rewrite is not None else value.to(mixer.unit.exit.meta["val"].dtype)
+        dtype = mixer.unit.exit.meta["val"].dtype
+        widened = self.rewrite is not None and (dtype.is_floating_point or dtype.is_complex)
+        return value if widened else value.to(dtype)
 
     def stack(self, mixer: Convolution, x: Tensor) -> Tensor:
         if self.step.kernels != "torch":

@@ -21,6 +21,7 @@ from fi_compile.facts import (
     Dim,
     Fact,
     Quantity,
+    View,
     by_batch,
     constant,
     fixed,
@@ -327,6 +328,8 @@ class Walker:
                 for v, f in zip(value, result, strict=True)
                 if isinstance(v, Tensor)
             ]
+        if result.view is None:
+            result = replace(result, view=View(node, tuple(range(len(result.dims)))))
         return self._with_values(node, self._sized(node, value, result, call))
 
     def _sized(self, node: fx.Node, value: Tensor, fact: Fact, call: Call | None) -> Fact:
@@ -386,7 +389,8 @@ class Walker:
         moving = [d for d, dim in enumerate(fact.dims) if not all(a.fixed for a in dim)]
         if len(moving) < 2 or not fact.proved(self.length):
             return fact
-        known = {(t.query, t.key): t for t in fact.triangles}
+        every = {(t.query, t.key): t for t in fact.triangles}
+        known = {place: t for place, t in every.items() if t.above is not None}
         # Whether a diagonal is in sight may depend on more than what rules follow.
         vague = [
             p
@@ -403,7 +407,7 @@ class Walker:
         }
         if found:
             self.proof.steps.append(Step("by value", node.name, "decided at the longest length"))
-        return replace(fact, triangles=tuple({**known, **found}.values()))
+        return replace(fact, triangles=tuple({**every, **found}.values()))
 
     def _record(self, node: fx.Node, call: Call, result: Fact | list[Fact]) -> None:
         facts = result if isinstance(result, list) else [result]

@@ -248,11 +248,15 @@ def _only_x_is_data(analysis: Consistency, unit: Unit, x: fx.Node) -> bool:
     return all(n is x or n not in program.input_dependent for n in unit.reads)
 
 
-def layout_of(analysis: Consistency, node: fx.Node) -> Layout | None:
-    """Where a floating value keeps its one sequence axis; None where it has none, or two, or sizes that move."""
+def layout_of(analysis: Consistency, node: fx.Node, whole_numbers: bool = False) -> Layout | None:
+    """Where a value keeps its one sequence axis; None where it has none, or two, or sizes that move.
+
+    None for integers and flags too, unless ``whole_numbers``.
+    """
     axes = analysis.axes[node]
     val = node.meta["val"]
-    if len(axes.rows) != 1 or len(axes.batch) > 1 or not (val.is_floating_point() or val.is_complex()):
+    numbers = whole_numbers or val.is_floating_point() or val.is_complex()
+    if len(axes.rows) != 1 or len(axes.batch) > 1 or not numbers:
         return None
     shape = val.shape
     special = {*axes.rows, *axes.batch}

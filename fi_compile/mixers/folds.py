@@ -1,7 +1,8 @@
-"""Running products, maxima, minima and log-sum-exps: scans by an associative operator, with one row of state.
+"""Running products, maxima, minima, log-sum-exps and counts: scans by an associative operator, with one row of state.
 
 Each row is ``combine(the row before, the newest input)``, by the operator's own definition: nothing has to be fitted or
-compared. States are float64, so that a step rounds no more than the operator's own loop does.
+compared. States are float64, so that a step rounds no more than the operator's own loop does; those of integers and
+flags are int64, and wrap around where the operator does.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def _extremum(wins: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[T
 
 
 OPERATORS = {
+    "cumsum": Operator("running_sum", lambda state, x, position: (state[0] + x,), lambda x: (x.cumsum(-1),)),
     "cumprod": Operator(
         "running_product", lambda state, x, position: (state[0] * x,), lambda x: (x.cumprod(-1),)
     ),
@@ -120,7 +122,7 @@ def recognise_fold(analysis: Consistency, unit: Unit) -> Fold | None:
         if not is_getitem(unit.exit):
             return None
         part = int(unit.exit.args[1])  # type: ignore[arg-type]
-    layout = layout_of(analysis, x)
+    layout = layout_of(analysis, x, whole_numbers=True)
     dim = scan.kwargs.get("dim", scan.args[1] if len(scan.args) > 1 else None)
     if (
         layout is None
@@ -130,9 +132,21 @@ def recognise_fold(analysis: Consistency, unit: Unit) -> Fold | None:
         or not is_tensor(unit.exit)
         or tuple(unit.exit.meta["val"].shape) != tuple(x.meta["val"].shape)
         or analysis.axes[unit.exit].batch != analysis.axes[x].batch
+        or not _keeps_its_kind(scan, x, name)
     ):
         return None
     return Fold(analysis.program, unit, x, name, part, layout, layout)
+
+
+def _keeps_its_kind(scan: fx.Node, x: fx.Node, name: str) -> bool:
+    """Whether numbers stay floating, or whole: no cast inside the operator rounds what a state would not.
+
+    Sums of floating numbers are filters, constant ones, which :mod:`fi_compile.mixers.convolution` finds.
+    """
+    floating = x.meta["val"].is_floating_point()
+    dtype = scan.kwargs.get("dtype")
+    cast = isinstance(dtype, torch.dtype) and dtype.is_floating_point != floating
+    return not cast and not (floating and name == "cumsum")
 
 
 @dataclass(frozen=True)
@@ -152,10 +166,11 @@ class RunningFold:
     def weights(self, found: Any, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
         """An empty tensor of the state's type."""
         device = self.mixer.program.example.device
-        return {STATE_TYPE: torch.zeros(0, dtype=torch.float64, device=device)}
+        kept = torch.float64 if self.mixer.x.meta["val"].is_floating_point() else torch.int64
+        return {STATE_TYPE: torch.zeros(0, dtype=kept, device=device)}
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
-        """States of no positions: [R, B, parts·C], float64; what they hold is never read."""
+        """States of no positions: [R, B, parts·C], float64 or int64; what they hold is never read."""
         parts = 2 if self.mixer.operator in ("cummax", "cummin") else 1
         return weights[STATE_TYPE].new_zeros(self.rows, batch, parts * self.mixer.layout_in.count)
 

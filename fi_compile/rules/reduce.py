@@ -51,6 +51,11 @@ def _by_value(c: Call, fact: Fact, key: int) -> tuple[Triangle, ...]:
     return found
 
 
+def _known(fact: Fact) -> tuple[Triangle, ...]:
+    """The triangles that say something of what lies above."""
+    return tuple(t for t in fact.triangles if t.above is not None)
+
+
 LINEAR = {"sum", "mean"}
 
 
@@ -70,7 +75,7 @@ def sums(c: Call) -> Fact:
         return Fact(dropped(c, fact, dims), fact.scale, chunks=kept)
     if c.name == "sum" and len(follows) == 1:
         key = follows[0]
-        for t in fact.triangles or _by_value(c, fact, key):
+        for t in _known(fact) or _by_value(c, fact, key):
             if t.key == key and t.query not in dims and is_number(t.above) and t.above == 0 and not fact.junk:
                 axis, query = one(fact.dims[key]), one(fact.dims[t.query])
                 if axis.plain and query.plain:
@@ -123,7 +128,7 @@ def softmax(c: Call) -> Fact:
             shown[dim] = mixed(shown[dim])
             continue
         c.row_local = False
-        shown_above = fact.triangles or _by_value(c, fact, dim)
+        shown_above = _known(fact) or _by_value(c, fact, dim)
         known = [t for t in shown_above if t.key == dim and masked(t) and not isinstance(t.above, bool)]
         # The logarithm of a weight that underflows is a finite number.
         exactly_nothing = "log" not in c.name and len(dims) == 1

@@ -72,6 +72,7 @@ def window(c: Call, fact: Fact, dim: int, start: Quantity, stop: Quantity) -> Fa
     others = tuple(t for t in fact.triangles if dim not in (t.query, t.key))
     if same(start, 0):
         others = fact.triangles
+        result = replace(result, view=fact.view)
     if any(t.above is JUNK and t not in others for t in fact.triangles):
         raise Deny("unproved", "moves entries that are certified only below a diagonal")
     affine = fact.affine

@@ -8,10 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
-from fi_compile.facts import EXTREME, JUNK, LARGE, OPEN, ORDINARY, Fact, Triangle, constant, is_number
+from fi_compile.facts import (
+    EXTREME,
+    JUNK,
+    LARGE,
+    LOW,
+    OPEN,
+    ORDINARY,
+    Fact,
+    Triangle,
+    constant,
+    is_number,
+)
+from fi_compile.program import is_tensor
 
-from .call import Call
+from .call import Call, is_one
 from .magnitude import magnitude
 
 # In a softmax, scores this low weigh exactly nothing beside an ordinary one.
@@ -22,11 +35,11 @@ def of_operand(fact: Fact, rank: int, query: int, key: int) -> tuple[Any, Any]:
     """An operand's state above and on the diagonal of two dimensions of the result."""
     if is_number(fact.fill):
         return fact.fill, fact.fill
+    ordinary = OPEN if fact.magnitude == ORDINARY else None
     missing = rank - len(fact.dims)
     for t in fact.triangles:
         if (t.query + missing, t.key + missing) == (query, key):
-            return t.above, t.diagonal
-    ordinary = OPEN if fact.magnitude == ORDINARY else None
+            return (ordinary if t.above is None else t.above), t.diagonal
     return ordinary, ordinary
 
 
@@ -40,13 +53,73 @@ def combined(c: Call, rank: int) -> tuple[Triangle, ...]:
     nodes = c.tensors()
     facts = [c.fact(n) for n in nodes]
     found = []
-    for query, key in sorted(pairs(facts, rank)):
+    itself = mirrored(c, rank)
+    for query, key in sorted(pairs(facts, rank) | itself.keys()):
         states = [of_operand(f, rank, query, key) for f in facts]
         above = state(c, dict(zip(nodes, (s[0] for s in states), strict=True)))
-        diagonal = state(c, dict(zip(nodes, (s[1] for s in states), strict=True)))
+        diagonal = itself.get((query, key))
+        if diagonal is None:
+            diagonal = state(c, dict(zip(nodes, (s[1] for s in states), strict=True)))
         if above is JUNK or is_number(above):
             found.append(Triangle(query, key, above, diagonal))
+        elif is_number(diagonal):
+            found.append(Triangle(query, key, None, diagonal))
     return tuple(found)
+
+
+_DEEPEST = 8  # calls followed back to see that two values are one
+# What operators make of a number and itself.
+_OF_ITSELF = {
+    "eq": True, "le": True, "ge": True, "ne": False, "lt": False, "gt": False, "logical_xor": False,
+    "sub": 0, "rsub": 0, "bitwise_xor": 0, "__xor__": 0,
+}  # fmt: skip
+
+
+def mirrored(c: Call, rank: int) -> dict[tuple[int, int], Any]:
+    """Pairs of dimensions on whose diagonal an operator meets each entry with itself, as in ``x == xᵀ``: its value."""
+    a, b = c.arg("self"), c.arg("other")
+    if c.name not in _OF_ITSELF or not (is_tensor(a) and is_tensor(b)) or c.arg("alpha", 1) != 1:
+        return {}
+    dtype = a.meta["val"].dtype
+    # NaN equals nothing, and infinity less itself is NaN.
+    if (dtype.is_floating_point or dtype.is_complex) and c.name not in ("lt", "gt"):
+        return {}
+    places = [_shown(c, node, rank) for node in (a, b)]
+    if places[0] is None or places[1] is None or not _same_value(places[0][0], places[1][0]):
+        return {}
+    ours, theirs = places[0][1], places[1][1]
+    apart = [(ours[d], theirs[d]) for d in ours if ours[d] != theirs[d]]
+    found = {frozenset(pair) for pair in apart}
+    if len(found) != 1:
+        return {}
+    query, key = found.pop()
+    value = _OF_ITSELF[c.name]
+    value = bool(value) if c.node.meta["val"].dtype == torch.bool else value
+    return {(query, key): value, (key, query): value}
+
+
+def _same_value(a: Any, b: Any, depth: int = _DEEPEST) -> bool:
+    """Whether two arguments are one value, or come from the same calls of the same operators."""
+    if not (isinstance(a, torch.fx.Node) and isinstance(b, torch.fx.Node)):
+        return type(a) is type(b) and a == b
+    if a is b:
+        return True
+    if not depth or a.op != "call_function" or a.target != b.target:
+        return False
+    ours, spec = tree_flatten((a.args, a.kwargs))
+    theirs, other = tree_flatten((b.args, b.kwargs))
+    return spec == other and all(_same_value(x, y, depth - 1) for x, y in zip(ours, theirs, strict=True))
+
+
+def _shown(c: Call, node: torch.fx.Node, rank: int) -> tuple[Any, dict[int, int]] | None:
+    """Whose entries an operand shows, and at which dimension of the result each of the base's dimensions."""
+    fact = c.fact(node)
+    if fact.view is None:
+        return None
+    missing = rank - len(fact.dims)
+    base = c.fact(fact.view.base)
+    places = {d: i + missing for i, d in enumerate(fact.view.dims) if d is not None}
+    return fact.view.base, {d: i for d, i in places.items() if not is_one(base.dims[d])}
 
 
 def decided(table: Tensor, query: int, key: int) -> Iterator[Triangle]:
@@ -181,6 +254,10 @@ def _sum(c: Call, states: dict[Any, Any]) -> Any:
         b = -b if is_number(b) and not isinstance(b, bool) else b if b in (None, OPEN, JUNK) else _UNDECIDED
     if b is _UNDECIDED or a is JUNK or b is JUNK or c.arg("alpha", 1) != 1:
         return _UNDECIDED
+    for known, beside in ((a, "other"), (b, "self")):
+        raw = c.arg(beside)
+        if known == -math.inf and is_tensor(raw) and c.fact(raw).magnitude <= LOW:
+            return known  # whatever stands there is no NaN, and not +inf
     for known, other in ((a, b), (b, a)):
         if (
             is_number(known)

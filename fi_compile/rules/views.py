@@ -29,7 +29,10 @@ def moved(fact: Fact, dims: tuple[Dim, ...], where: dict[int, int]) -> Fact:
         lost = [x for i, x in enumerate(form.coefficients) if i not in where and x]
         form = None if lost else replace(form, coefficients=tuple(coefficients))
     kept = chunks.moved(fact.chunks, where)
-    return Fact(dims, fact.scale, triangles, affine=form, fill=fact.fill, bounds=fact.bounds, chunks=kept)
+    view = None if fact.view is None else fact.view.moved(where, len(dims))
+    return Fact(
+        dims, fact.scale, triangles, affine=form, fill=fact.fill, bounds=fact.bounds, chunks=kept, view=view
+    )
 
 
 def _linear(c: Call) -> Fact:
