@@ -1,129 +1,184 @@
-"""Branches on the length: whether the model does the same to its data where a trace is not valid.
+"""Branches on the length and the batch: whether the model does the same where a trace is not valid.
 
-A trace records Python's control flow for the length it met; its guards say from which length on, or for which of
-every k lengths. What happens at the others is compared on random input (:func:`fi_compile.compare.disagreements`),
-which shows nothing of an operator that matters for rare values only. So the model is traced there too: if the same
-operators are applied to the data, and only sizes, paddings and tables differ, random input says all there is to say.
+A trace records Python's control flow for the length it met; its guards say which other lengths follow the same path.
+Every length that they leave out is covered by another trace, made there, or is not decoded: below the range, at single
+holes, and at some of every k lengths. Where a trace makes the very same calls, the program's own lengths grow by those
+of that trace. Where it applies the same operators to its data and only sizes, paddings and tables differ, random input
+says all there is to say, and the two are compared (:mod:`fi_compile.compare`) at each of these lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
-from torch import fx
-from torch.utils import _pytree as pytree
+import numpy as np
+import sympy
 
-from .program import Program, is_integer, operator_name
+from .alike import are_alike, is_same
+from .errors import Refusal, Unsupported
+from .guards import HORIZON, lengths_of
+from .passes.prove_prefix import prove_prefix
+from .program import Program, is_tensor
 
-_MOST_RANGES = 8
+_MOST_TRACES = 12
+_MOST_SINGLE = 24  # traces for one length
 _MOST_COLLISIONS = 4
-_SHORTEST_TRACED = 3  # torch.export pins shorter ones
-# Operators whose integers are sizes and places, never factors or exponents.
-_SIZED = frozenset(
-    {
-        "view", "reshape", "_unsafe_view", "expand", "roll", "unflatten", "split", "chunk",
-        "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft",
-    }
-)  # fmt: skip
-# Operators that move data and compute nothing: one graph may have them where another has not.
-_MOVES = frozenset(
-    {"slice", "narrow", "constant_pad_nd", "pad", "clone", "contiguous", "_assert_tensor_metadata"}
-)
+_SHORTEST = 2  # a length of 1 takes other ways through the operators themselves
+_MOST_POSITIONS = 1 << 19  # that are compared one length after another
+_LONGEST_COMPARED = 1 << 16
+
+Trace = Callable[..., Program]
 
 
-def same_below(program: Program, trace: Callable[[int], Program]) -> int:
-    """The least length from which on the model applies the program's operators to its data.
+def cover_lengths(
+    program: Program,
+    trace: Trace,
+    compare: Callable[[Program, Sequence[int]], list[int]],
+    near: int,
+    odd: Iterable[int] = (),
+) -> Program:
+    """The program with the lengths at which the model does what it shows.
 
-    ``trace(n)`` traces the model at length n. Returns 1 where all lengths from 3 on agree (shorter ones cannot be
-    traced), else a length up to the program's minimum: below it the model does something the program does not show.
+    ``trace(n)`` traces the model at length n, ``trace(n, pinned=True)`` for that length alone;
+    ``compare(program, lengths)`` names those at which model and program differ on random input, as they are known
+    to at ``odd``. Of what is left,
+    lengths above ``near`` end the range, and shorter ones raise the fewest positions.
     """
-    top = program.lengths.minimum
-    for _ in range(_MOST_RANGES):
-        if top <= _SHORTEST_TRACED:
-            return 1
-        below = _range_with(top - 1, trace)
-        if below is None or not _alike(program, below):
-            return top
-        top = below.lengths.minimum
-    return top
+    walk = _Walk(program, trace, near)
+    for n in odd:
+        walk.give_up(n)
+    walk.run()
+    found, unlike = walk.program, walk.unlike
+    if walk.alike:
+        unlike = [*unlike, *compare(found, sorted(walk.alike))]
+    if any(n <= near and n % program.lengths.period in program.lengths.left_out for n in unlike):
+        raise Unsupported(_sparse(program.lengths.period))
+    above, below = [n for n in unlike if n > near], [n for n in unlike if n <= near]
+    lengths = found.lengths
+    if above:
+        end = min(above) - 1
+        lengths = replace(lengths, maximum=end, holes=frozenset(h for h in lengths.holes if h <= end))
+    return replace(found, lengths=replace(lengths, fewest=max([lengths.fewest - 1, *below]) + 1))
 
 
-def same_between(program: Program, trace: Callable[[int], Program], near: int) -> bool:
-    """Whether the model applies the program's operators to its data at the lengths its period leaves out."""
-    lengths = program.lengths
-    missing = [n for n in range(near, near + lengths.period) if n % lengths.period in lengths.left_out]
-    for _ in range(_MOST_RANGES):
-        if not missing:
-            return True
-        other = _range_with(missing[0], trace)
-        if other is None or not _alike(program, other):
+class _Walk:
+    """What is known of every length: followed by the program, alike, or unlike."""
+
+    def __init__(self, program: Program, trace: Trace, near: int) -> None:
+        self.program, self.trace, self.near = program, trace, near
+        self.top = program.lengths.maximum or HORIZON
+        self.known = program.lengths.mask(self.top)
+        self.known[:_SHORTEST] = True
+        self.alike: set[int] = set()
+        self.unlike: list[int] = []
+        self.admitted = program.lengths.mask(self.top)
+        self.traces, self.single = 0, 0
+
+    def run(self) -> None:
+        while not self.known.all():
+            n = self.next_length()
+            other = self.trace_with(n)
+            if other is None:
+                self.give_up(n)
+                continue
+            reached = other.lengths.mask(self.top) & ~self.known
+            reached[n] = True
+            at = reached.nonzero()[0]
+            if is_same(self.program, other, at):
+                self.admitted |= reached
+            elif not self.is_alike(other, at):
+                self.give_up(n)
+                continue
+            self.known |= reached
+        before = self.program.lengths
+        lengths = lengths_of(self.admitted, self.admitted)
+        if lengths is not None:
+            end = before.maximum if lengths.maximum is None else lengths.maximum
+            self.program = replace(self.program, lengths=replace(lengths, fewest=before.fewest, maximum=end))
+
+    def is_alike(self, other: Program, at: np.ndarray) -> bool:
+        """Whether comparing the program with the model at some of these lengths settles all of them; notes which.
+
+        All, where they are few and short. Else the longest: other lengths of the same trace, which is certified to
+        agree with itself at all lengths, then follow from that one.
+        """
+        if not are_alike(self.program, other, {int(at[0]), int(at[-1])}):
             return False
-        missing = [n for n in missing[1:] if not other.lengths.admits(n)]
+        if at.sum() <= _MOST_POSITIONS:
+            self.alike |= set(map(int, at))
+            return True
+        longest = int(at[-1])
+        if longest > _LONGEST_COMPARED:
+            return False
+        proof = prove_prefix(other, longest)
+        self.alike |= {int(at[0]), longest}
+        return all(proof.proved(o) for o in other.outputs if is_tensor(o))
+
+    def next_length(self) -> int:
+        """The longest unknown length within the next period; else the shortest beyond."""
+        unknown = (~self.known).nonzero()[0]
+        within = unknown[unknown <= self.near + self.program.lengths.period]
+        return int(within[-1] if within.size else unknown[0])
+
+    def trace_with(self, n: int) -> Program | None:
+        """A trace that admits ``n``, made there or, where that meets a size of the model, a little below."""
+        if n not in self.program.lengths.holes:
+            for m in range(n, max(n - _MOST_COLLISIONS, _SHORTEST), -1):
+                if self.traces >= _MOST_TRACES:
+                    break
+                self.traces += 1
+                try:
+                    found = self.trace(m)
+                except Exception:
+                    continue
+                if found.lengths.admits(n):
+                    return found
+        if self.single >= _MOST_SINGLE:
+            return None
+        self.single += 1
+        try:
+            return self.trace(n, pinned=True)
+        except Exception:
+            return None
+
+    def give_up(self, n: int) -> None:
+        """Nothing is known of what the model does at this length: shorter ones, or longer ones, are cut off."""
+        self.unlike.append(n)
+        if n <= self.near:
+            self.known[: n + 1] = True
+        else:
+            self.known[n:] = True
+            self.admitted[n:] = False
+
+
+def matters_for_one_row(asked: Iterable[sympy.Basic], program: Program) -> bool:
+    """Whether a question that the model's own code asked of its sizes has another answer for one row of a batch."""
+    lengths = program.lengths.upto(HORIZON)
+    for question in asked:
+        if program.batch not in question.free_symbols:
+            continue
+        answers = [program.size_values(question, lengths, rows) for rows in (1, 2)]
+        if not np.array_equal(*answers):
+            return True
     return False
 
 
-def _range_with(length: int, trace: Callable[[int], Program]) -> Program | None:
-    """A trace that admits ``length``, made there or, where that meets a size of the model, a little below."""
-    for n in range(length, max(length - _MOST_COLLISIONS, 1), -1):
-        try:
-            found = trace(n)
-        except Exception:
-            continue
-        lengths = found.lengths  # guards on memory layout exclude single lengths: compared on random input
-        if length in lengths.holes or lengths.admits(length) or lengths.maximum == length - 1:
-            return found
-    return None
-
-
-def _alike(program: Program, other: Program) -> bool:
-    """Whether two graphs apply the same operators to data, up to sizes and to the tables they meet."""
-    ours, theirs = _data_nodes(program), _data_nodes(other)
-    if len(ours) != len(theirs):
+def follows_one_row(program: Program, trace: Callable[[], Program]) -> bool:
+    """Whether the model does the same to a batch of one row; ``trace()`` traces it there."""
+    try:
+        other = trace()
+    except Exception:
         return False
-    partner: dict[fx.Node, fx.Node] = {program.sequence: other.sequence}
-    moved = {**_unmoved(program), **_unmoved(other)}
-
-    def match(a: Any, b: Any, sized: bool) -> bool:
-        ours, spec = pytree.tree_flatten(a)
-        theirs, other_spec = pytree.tree_flatten(b)
-        return spec == other_spec and all(same(x, y, sized) for x, y in zip(ours, theirs, strict=True))
-
-    def same(x: Any, y: Any, sized: bool) -> bool:
-        if _is_size(x) and _is_size(y) and (sized or is_integer(x) or is_integer(y)):
-            return True
-        if isinstance(x, fx.Node) and isinstance(y, fx.Node):
-            if x in program.input_dependent or y in other.input_dependent:
-                return partner.get(moved.get(x, x)) is moved.get(y, y)
-            return True  # two tables: compared by what comes of them
-        return type(x) is type(y) and x == y
-
-    for a, b in zip(ours, theirs, strict=True):
-        sized = operator_name(a.target) in _SIZED
-        if a.target != b.target or not match((a.args, a.kwargs), (b.args, b.kwargs), sized):
-            return False
-        partner[a] = b
-    return match(program.outputs, other.outputs, False)
+    ours, theirs = program.lengths.mask(HORIZON), other.lengths.mask(HORIZON)
+    if (ours & ~theirs).any():
+        return False
+    return is_same(program, other, ours.nonzero()[0], (1,)) or are_alike(program, other, ())
 
 
-def _data_nodes(program: Program) -> list[fx.Node]:
-    data = program.input_dependent
-    return [
-        n
-        for n in program.graph.nodes
-        if n in data and n is not program.sequence and operator_name(n.target) not in _MOVES
-    ]
-
-
-def _unmoved(program: Program) -> dict[fx.Node, fx.Node]:
-    """What each moved value was before it was moved."""
-    found: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        if operator_name(node.target) in _MOVES:
-            (source,) = node.all_input_nodes[:1]
-            found[node] = found.get(source) or source
-    return found
-
-
-def _is_size(value: Any) -> bool:
-    return is_integer(value) or (isinstance(value, int) and not isinstance(value, bool))
+def _sparse(period: int) -> Refusal:
+    return Refusal(
+        "lengths",
+        f"the model does something else at some of every {period} lengths",
+        hint="let a branch on the length choose sizes only: pad and cut, nothing else",
+    )

@@ -10,25 +10,28 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
+import pathlib
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
 
-from .branches import same_below, same_between
-from .compare import attributes_kept, batches_agree, disagreements, with_last_position, without_layout_holes
+from .alike import is_same
+from .branches import cover_lengths, follows_one_row, matters_for_one_row
+from .compare import attributes_kept, batches_agree, disagreements
 from .errors import Refusal, Unsupported
-from .guards import admitted_lengths
-from .program import Input, Kind, Program, is_integer, operator_name
+from .guards import admits_batches, admitted_lengths
+from .program import Input, Kind, Lengths, Program, is_integer, operator_name
 from .rules import RULES
 
 _KINDS = {
@@ -48,29 +51,27 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     """
     failures: list[Exception] = []
     best: Program | None = None
-    second_best: Program | None = None
+    second_best: tuple[Program, list[int]] | None = None
     for trace_length in _trace_lengths(model, example, length):
+        near = max(trace_length, example.shape[1], length or 0)
         try:
-            program = without_layout_holes(_trace_at(model, example, trace_length), model)
+            program = _trace_at(model, example, trace_length)
             odd = disagreements(program, model)  # which a program whose tables end below its range cannot run
+            if not odd:
+                program = _covered(program, model, near)
         except Exception as error:
             failures.append(error)
             continue
         if not odd:
-            trace = partial(_trace_at, model, example)
-            if not same_between(program, trace, trace_length):
-                failures.append(_sparse(program))
-                continue
-            fewest = same_below(program, trace)
-            program = replace(program, lengths=replace(program.lengths, fewest=fewest))
             if length is None or program.lengths.at_least(length) is not None:
                 return program
             best = best or program
         elif second_best is None and program.lengths.admits(example.shape[1]):
-            second_best = replace(program, lengths=replace(program.lengths, fewest=max(odd) + 1))
-    found = best or second_best
-    if found is not None:
-        return with_last_position(found, model, length)
+            second_best = program, odd
+    if best is None and second_best is not None:
+        best = _covered(second_best[0], model, max(example.shape[1], length or 0), second_best[1])
+    if best is not None:
+        return best if length is None else _with_last_position(best, model, length)
     refusals = [error for error in failures if isinstance(error, Unsupported)]
     if refusals and len(refusals) == len(failures):
         raise refusals[-1]
@@ -86,30 +87,85 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     )
 
 
-def _sparse(program: Program) -> Unsupported:
-    return Unsupported(
-        Refusal(
-            "lengths",
-            f"the model does something else at some of every {program.lengths.period} lengths",
-            hint="let a branch on the length choose sizes only: pad and cut, nothing else",
-        )
+def _covered(program: Program, model: nn.Module, near: int, odd: Sequence[int] = ()) -> Program:
+    """The program with the lengths at which traces made there show what it does; it does not at the ``odd`` ones."""
+    return cover_lengths(
+        program,
+        partial(_trace_like, program, model),
+        lambda found, lengths: disagreements(found, model, lengths),
+        near,
+        odd,
     )
+
+
+def _with_last_position(program: Program, model: nn.Module, length: int) -> Program:
+    """Admit the length wanted where the guards end just below it: ``min(s, 4096)`` splits what is one function."""
+    lengths = program.lengths
+    if lengths.maximum is None or length != lengths.maximum + 1:
+        return program
+    try:
+        other = _trace_like(program, model, length, pinned=True)
+    except Exception:
+        return program  # a table ends here
+    longer = replace(program, lengths=replace(lengths, maximum=length))
+    return longer if is_same(program, other, np.asarray([length])) else program
 
 
 def _trace_at(model: nn.Module, example: Tensor, length: int) -> Program:
     """Export at one length, with a symbolic batch where the model allows it."""
-    own = example.shape[0]
     try:
-        with attributes_kept(model):
-            exported = _export(model, _resized(example, max(own, 3), length), dynamic_batch=True)
-            program = _read(exported, model, example)
+        program = _trace(model, example, length, rows=None)
         if batches_agree(program, model):
             return program
     except Exception:
         pass  # a batch that is written into the model, as in a graph made for one batch
-    with attributes_kept(model):
-        exported = _export(model, _resized(example, own, length), dynamic_batch=False)
-        return _read(exported, model, example)
+    return _trace(model, example, length, rows=example.shape[0])
+
+
+def _trace_like(program: Program, model: nn.Module, length: int, pinned: bool = False) -> Program:
+    """Another trace of the model, with its batch as in ``program``; ``pinned``: for one length only."""
+    rows = program.batch if isinstance(program.batch, int) else None
+    return _trace(model, program.example, length, rows, pinned)
+
+
+def _trace(model: nn.Module, example: Tensor, length: int, rows: int | None, pinned: bool = False) -> Program:
+    """Export at one length for ``rows`` of a batch, or (None) for any number of them.
+
+    Raises :class:`Unsupported` where the model does not do the same to every number of rows.
+    """
+    traced_rows = max(example.shape[0], 3 + (length == 3)) if rows is None else rows
+    with attributes_kept(model), _questions() as asked:
+        exported = _export(model, _resized(example, traced_rows, length), rows is None, not pinned)
+        program = _read(exported, model, example, pinned)
+    if not isinstance(program.batch, int):
+        ranges = _shape_env(exported).var_to_range[program.batch]
+        if not admits_batches(program.guards, program.length, program.batch, ranges, program.lengths) or (
+            matters_for_one_row(asked, program)
+            and not follows_one_row(program, partial(_trace, model, example, length, 1, pinned))
+        ):
+            raise Unsupported(Refusal("trace", "the model branches on the number of rows in the batch"))
+    return program
+
+
+@contextlib.contextmanager
+def _questions() -> Iterator[list[sympy.Basic]]:
+    """What code outside torch asks of sizes while it is traced: a truth value decides what is traced next."""
+    asked: list[sympy.Basic] = []
+    answer = torch.SymBool.__bool__
+
+    def ask(value: torch.SymBool) -> bool:
+        if not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
+            asked.append(value.node.expr)
+        return answer(value)
+
+    torch.SymBool.__bool__ = ask
+    try:
+        yield asked
+    finally:
+        torch.SymBool.__bool__ = answer
+
+
+_TORCH = str(pathlib.Path(torch.__file__).parent)
 
 
 def _trace_lengths(model: nn.Module, example: Tensor, length: int | None) -> list[int]:
@@ -141,8 +197,8 @@ def _resized(example: Tensor, batch: int, length: int) -> Tensor:
     return example.detach()[rows][:, columns].clone()
 
 
-def _export(model: nn.Module, example: Tensor, dynamic_batch: bool) -> ExportedProgram:
-    dims = {1: Dim.DYNAMIC} | ({0: Dim.DYNAMIC} if dynamic_batch else {})
+def _export(model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_length: bool) -> ExportedProgram:
+    dims = {d: Dim.DYNAMIC for d, dynamic in ((0, dynamic_batch), (1, dynamic_length)) if dynamic}
     with torch.no_grad(), _traceable_helpers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = export(model, (example,), dynamic_shapes=(dims,), strict=False)
@@ -209,7 +265,7 @@ _STAND_INS: tuple[tuple[str, str, Any], ...] = (
 )
 
 
-def _read(exported: ExportedProgram, model: nn.Module, example: Tensor) -> Program:
+def _read(exported: ExportedProgram, model: nn.Module, example: Tensor, pinned: bool) -> Program:
     signature = exported.graph_signature
     written = [o.target for o in signature.output_specs if o.kind not in (OutputKind.USER_OUTPUT,)]
     if written:
@@ -235,6 +291,15 @@ def _read(exported: ExportedProgram, model: nn.Module, example: Tensor) -> Progr
     (sequence,) = [n for n in placeholders if n.name not in values]
     shape = sequence.meta["val"].shape
     batch, length = (_symbol(size) for size in shape[:2])
+    shape_env = _shape_env(exported)
+    guards = () if shape_env is None else tuple(guard.expr for guard in shape_env.guards)
+    out_spec = exported.call_spec.out_spec
+    assert out_spec is not None
+    if pinned:
+        lengths, length = Lengths(int(length), int(length)), sympy.Symbol("pinned_length", integer=True)
+        return Program(
+            module, tuple(inputs), length, batch, lengths, out_spec, values, example.detach(), guards
+        )
     if not isinstance(length, sympy.Symbol):
         raise Unsupported(
             Refusal(
@@ -243,13 +308,13 @@ def _read(exported: ExportedProgram, model: nn.Module, example: Tensor) -> Progr
                 hint="compute length-dependent sizes from x.shape[1] with plain integer arithmetic",
             )
         )
-    shape_env = sequence.meta["val"].fake_mode.shape_env
-    guards = [guard.expr for guard in shape_env.guards]
-    ranges = shape_env.var_to_range[length]
-    lengths = admitted_lengths(guards, length, batch, ranges)
-    out_spec = exported.call_spec.out_spec
-    assert out_spec is not None
-    return Program(module, tuple(inputs), length, batch, lengths, out_spec, values, example.detach())
+    lengths = admitted_lengths(guards, length, batch, shape_env.var_to_range[length])
+    return Program(module, tuple(inputs), length, batch, lengths, out_spec, values, example.detach(), guards)
+
+
+def _shape_env(exported: ExportedProgram) -> Any:
+    modes = (getattr(n.meta.get("val"), "fake_mode", None) for n in exported.graph.nodes)
+    return next((mode.shape_env for mode in modes if mode is not None), None)
 
 
 def _symbol(size: Any) -> sympy.Symbol | int:

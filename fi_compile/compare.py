@@ -1,14 +1,12 @@
 """A model and its graph compared, at the lengths a trace says nothing of.
 
-There the graph is never run by itself: positions are reached through a longer run, cut by prefix-consistency, and
-single lengths are admitted where a guard excludes them for how memory lies, not for what is computed.
+There the graph is never run by itself: positions are reached through a longer run, cut by prefix-consistency.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,45 +37,6 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
-
-
-def without_layout_holes(program: Program, model: nn.Module) -> Program:
-    """Admit the holes at which the graph itself equals the model: guards on memory layout, not on meaning."""
-    with torch.no_grad(), attributes_kept(model):
-        holes = {hole for hole in program.lengths.holes if not _equals_graph(program, model, hole)}
-    maximum = program.lengths.maximum
-    while maximum in holes:
-        holes.remove(maximum)
-        maximum -= 1
-    return replace(program, lengths=replace(program.lengths, holes=frozenset(holes), maximum=maximum))
-
-
-def with_last_position(program: Program, model: nn.Module, length: int | None) -> Program:
-    """Admit the length wanted where the guards end just below it: ``min(s, 4096)`` splits what is one function."""
-    lengths = program.lengths
-    if length is None or lengths.maximum is None or length != lengths.maximum + 1:
-        return program
-    longer = replace(program, lengths=replace(lengths, maximum=length))
-    with torch.no_grad(), attributes_kept(model):
-        try:
-            model(_probe(longer, length))
-        except Exception:
-            return program  # a table ends here
-        return longer if _equals_graph(longer, model, length) else program
-
-
-def _equals_graph(program: Program, model: nn.Module, length: int) -> bool:
-    """Whether graph and model agree at one length that a guard excludes."""
-    sequence = _probe(program, length)
-    nodes = [o for o in program.outputs if isinstance(o, fx.Node)]
-    try:
-        for scale in _scales(sequence):
-            whole = program.evaluate(sequence * scale, keep=nodes)
-            if not _equal_prefix(program, model, sequence * scale, whole):
-                return False
-    except Exception:
-        return False
-    return True
 
 
 def batches_agree(program: Program, model: nn.Module) -> bool:
@@ -111,29 +70,32 @@ def _probe(program: Program, length: int) -> Tensor:
     return sequence[: program.batch] if isinstance(program.batch, int) else sequence
 
 
-def disagreements(program: Program, model: nn.Module) -> list[int]:
+def disagreements(program: Program, model: nn.Module, lengths: Sequence[int] | None = None) -> list[int]:
     """Lengths the graph is not meant for (below its range, and its holes) where it differs from the model.
 
     There the graph is never run by itself: positions are reached through a longer run, cut by prefix-consistency.
-    Lengths below 512 and single holes are all compared, longer ranges at an even sample; parameters are moved from
-    where they are, so that one that happens to be zero hides nothing.
+    Without ``lengths``, those below 512 and single holes are all compared, longer ranges at an even sample; parameters
+    are moved from where they are, so that one that happens to be zero hides nothing.
     """
     low = program.lengths.minimum
     stride = max(1, low // _MOST_COMPARED)
     below = [n for n in range(1, low) if n < 64 or n >= low - 2 or n & (n - 1) == 0 or n % stride == 0]
-    tested = sorted({*below, *program.lengths.excluded(_MOST_COMPARED), *program.lengths.holes})
+    some = {*below, *program.lengths.excluded(_MOST_COMPARED), *program.lengths.holes}
+    wanted = sorted(some if lengths is None else lengths)
+    last = next((n for n in reversed(wanted) if program.lengths.at_least(n + 1) is not None), 0)
+    tested = [n for n in wanted if n <= last]
+    beyond = [] if lengths is None else wanted[len(tested) :]  # of the sample, a trace there says more
     if not tested:
-        return []
-    longer = program.lengths.at_least(tested[-1] + 1)
-    if longer is None:
-        return tested
+        return beyond
+    longer = program.lengths.at_least(last + 1)
+    assert longer is not None
     sequence = _probe(program, longer)
     odd: list[int] = []
     for share in (0.3, 0.02):
         odd, ill = _moved_disagreements(program, model, sequence, tested, share)
         if not ill:  # moved so far that rounding decides: poles beyond 1, say
             break
-    return odd
+    return odd + beyond
 
 
 def _moved_disagreements(

@@ -1,7 +1,8 @@
-"""The lengths a trace is good for: its guards, evaluated at every length up to a horizon."""
+"""The lengths a trace is good for: its guards, evaluated at every length up to a horizon; and the batches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,17 @@ from .program import Lengths
 from .symbolic import evaluate_at
 
 # Guards are evaluated up to here to learn which lengths they admit; far beyond any capacity in use.
-_HORIZON = 1 << 21
+HORIZON = 1 << 21
 _FIRST_HORIZON = 1 << 12
 _MOST_HOLES = 64
 _LONGEST_PERIOD = 1024
 _IRREGULAR = 512  # short lengths that need not follow the period
+# Batches up to here are tried, those beside lengths at fewer of both.
+_MOST_ROWS, _FEW_ROWS, _FEW_LENGTHS = 1 << 16, 64, 1024
 
 
 def admitted_lengths(
-    guards: list[sympy.Basic],
+    guards: Sequence[sympy.Basic],
     length: sympy.Symbol,
     batch: sympy.Symbol | int,
     ranges: Any,
@@ -29,34 +32,47 @@ def admitted_lengths(
 
     Raises :class:`Unsupported` when the admitted lengths are too sparse to decode through.
     """
-    _admitted_upto(_FIRST_HORIZON, guards, length, batch, ranges)  # sparse ones show here already
-    found = _admitted_upto(_HORIZON, guards, length, batch, ranges)
+    # Sparse ones show here already.
+    lengths_of(*_admitted_upto(_FIRST_HORIZON, guards, length, batch, ranges), guards)
+    found = lengths_of(*_admitted_upto(HORIZON, guards, length, batch, ranges), guards)
     if found is None:
         raise Unsupported(Refusal("lengths", "the model's guards admit no length at all"))
     return found
 
 
 def _admitted_upto(
-    horizon: int, guards: list[sympy.Basic], length: sympy.Symbol, batch: sympy.Symbol | int, ranges: Any
-) -> Lengths | None:
-    every = np.arange(2, horizon + 1, dtype=np.int64)
-    ok = np.ones(every.shape, dtype=bool)
+    horizon: int, guards: Sequence[sympy.Basic], length: sympy.Symbol, batch: sympy.Symbol | int, ranges: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bool [horizon + 1], by length: what all guards admit, and what all but inequalities do."""
+    every = np.arange(horizon + 1, dtype=np.int64)
+    ok = every >= 2
     if ranges.upper < horizon:
         ok &= every <= int(ranges.upper)
     layout = np.ones(every.shape, dtype=bool)  # inequalities exclude single lengths: holes
     for guard in guards:
         if length in guard.free_symbols:
-            holds = evaluate_at(guard, {length: every, batch: 3}, every.shape).astype(bool)
+            holds = evaluate_at(guard, {length: every[2:], batch: 3}, every[2:].shape).astype(bool)
             if isinstance(guard, sympy.Ne):
-                layout &= holds
+                layout[2:] &= holds
             else:
-                ok &= holds
-    admitted = every[ok]
-    if admitted.size == 0:
+                ok[2:] &= holds
+    return ok & layout, ok
+
+
+def lengths_of(
+    admitted: np.ndarray, spanned: np.ndarray, guards: Sequence[sympy.Basic] = ()
+) -> Lengths | None:
+    """Range, holes and period of admitted lengths, bool [n + 1]; None where there are none.
+
+    ``spanned``: those between whose first and last the range lies; up to n admitted stands for without end. Raises
+    :class:`Unsupported` when the admitted lengths are too sparse to decode through.
+    """
+    horizon = admitted.size - 1
+    every = spanned.nonzero()[0]
+    if not every.size:
         return None
-    first, last = int(admitted[0]), int(admitted[-1])
-    inside = (every >= first) & (every <= last)
-    lengths, missing = every[inside], ~(ok & layout)[inside]
+    first, last = int(every[0]), int(every[-1])
+    missing, lengths = ~admitted[first : last + 1], np.arange(first, last + 1)
     maximum = None if last == horizon else last
     period, left_out = 1, np.zeros(0, dtype=np.int64)
     if missing.sum() > _MOST_HOLES:
@@ -64,11 +80,11 @@ def _admitted_upto(
         left_out = np.unique(lengths[missing][-_LONGEST_PERIOD:] % max(period, 1))
     holes = lengths[missing & ~np.isin(lengths % max(period, 1), left_out)]
     if period == 0 or left_out.size == period > 1 or holes.size > _MOST_HOLES:
-        text = next((str(g) for g in guards if length in g.free_symbols), "")
+        text = "; ".join(map(str, guards[:3]))
         raise Unsupported(
             Refusal(
                 "lengths",
-                f"the model's control flow admits only some lengths ({admitted.size} of {last}; {text})",
+                f"the model's control flow admits only some lengths ({every.size} of {last}; {text})",
                 hint="avoid branches on the sequence length; pad transforms to 2 * length",
             )
         )
@@ -88,3 +104,22 @@ def _period(missing: np.ndarray) -> int:
         if bool((tail[period:] == tail[:-period]).all()):
             return period
     return 0
+
+
+def admits_batches(
+    guards: Sequence[sympy.Basic], length: sympy.Symbol, batch: sympy.Symbol, ranges: Any, lengths: Lengths
+) -> bool:
+    """Whether guards hold for every number of rows from 2 on."""
+    if int(ranges.lower) > 2 or ranges.upper < _MOST_ROWS:
+        return False
+    rows = np.arange(2, _MOST_ROWS + 1, dtype=np.int64)
+    few, some = rows[:_FEW_ROWS, None], lengths.upto(lengths.minimum + _FEW_LENGTHS)[None, :]
+    for guard in guards:
+        if batch not in guard.free_symbols:
+            continue
+        alone = length not in guard.free_symbols
+        at = {batch: rows} if alone else {batch: few, length: some}
+        shape = rows.shape if alone else np.broadcast_shapes(few.shape, some.shape)
+        if not evaluate_at(guard, at, shape).all():
+            return False
+    return True

@@ -53,8 +53,7 @@ class Input:
 class Lengths:
     """The sequence lengths a program's guards admit.
 
-    ``guards`` are sympy relations in ``length`` and ``batch`` recorded while tracing. ``minimum`` is the
-    shortest length the graph itself may run at (shorter ones are reached by prefix-consistency),
+    ``minimum`` is the shortest length the graph itself may run at (shorter ones are reached by prefix-consistency),
     ``maximum`` the longest any guard admits (``None``: unbounded), ``holes`` single lengths inside that
     range a guard excludes. Of every ``period`` lengths those whose remainder is in ``left_out`` are excluded too
     (``if s % 2``). Below ``fewest`` positions the model computes another function than the graph.
@@ -74,6 +73,12 @@ class Lengths:
         if self.left_out:
             lengths = lengths[~np.isin(lengths % self.period, list(self.left_out))]
         return lengths[~np.isin(lengths, list(self.holes))] if self.holes else lengths
+
+    def mask(self, upto: int) -> np.ndarray:
+        """Bool [upto + 1]: whether each length 0…upto is admitted."""
+        found = np.zeros(upto + 1, dtype=bool)
+        found[self.upto(upto)] = True
+        return found
 
     def excluded(self, upto: int) -> list[int]:
         """Lengths inside the range, up to ``upto``, at which the graph may not run."""
@@ -119,6 +124,9 @@ class Program:
     out_spec: pytree.TreeSpec
     values: Mapping[str, Tensor] = field(repr=False)
     example: Tensor = field(repr=False)  # the sequence it was traced with: [B, s] or [B, s, D]
+    guards: tuple[sympy.Basic, ...] = field(
+        default=(), repr=False
+    )  # relations in length and batch met in tracing
 
     @property
     def graph(self) -> fx.Graph:

@@ -72,7 +72,6 @@ def window(c: Call, fact: Fact, dim: int, start: Quantity, stop: Quantity) -> Fa
     others = tuple(t for t in fact.triangles if dim not in (t.query, t.key))
     if same(start, 0):
         others = fact.triangles
-        result = replace(result, view=fact.view)
     if any(t.above is JUNK and t not in others for t in fact.triangles):
         raise Deny("unproved", "moves entries that are certified only below a diagonal")
     affine = fact.affine
@@ -80,7 +79,7 @@ def window(c: Call, fact: Fact, dim: int, start: Quantity, stop: Quantity) -> Fa
         from .affine import moved
 
         affine = moved(affine, dim, start)
-    return replace(result, triangles=others, affine=affine)
+    return replace(result, triangles=others, affine=affine, view=fact.view if same(start, 0) else None)
 
 
 def seen_from_the_end(axis: Axis) -> Axis:

@@ -1,0 +1,181 @@
+"""Branches on the length and on the batch: each length is covered by a trace made there, or not decoded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from decoding import decoder, features, gap
+from fi_compile.capture import trace_module
+from fi_compile.errors import FlashinfError, Unsupported
+from fi_compile.program import Program
+
+WIDTH = 4
+
+
+@pytest.fixture(autouse=True)
+def _quiet(without_gradients):
+    pass
+
+
+class Net(nn.Module):
+    """``function(self, x)`` with buffers, x [B, L, D]."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], **buffers: Tensor):
+        super().__init__()
+        self.function = function
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def traced(net: Net, length: int | None, own: int = 12, batch: int = 2) -> Program:
+    return trace_module(net, features(batch, own, WIDTH), length=length)
+
+
+def below_a_branch(net: Net, x: Tensor) -> Tensor:
+    y = x.cumsum(1)
+    if x.shape[1] > 105:
+        return y[:, : 2 * x.shape[1]]
+    return y * 2 if x.shape[1] == 80 else y
+
+
+def for_large_values_only(net: Net, x: Tensor) -> Tensor:
+    y = x.cumsum(1)
+    return y.clamp(-90, 90) if x.shape[1] == 37 else y
+
+
+def padded_to_whole_chunks(net: Net, x: Tensor) -> Tensor:
+    rest = -x.shape[1] % 8
+    y = F.pad(x, (0, 0, 0, rest)) if rest else x
+    return y.cumsum(1)[:, : x.shape[1]]
+
+
+def parity(net: Net, x: Tensor) -> Tensor:
+    return x.cumsum(1) * 2 if x.shape[1] % 2 else x.cumsum(1)
+
+
+def parity_of_short_ones(net: Net, x: Tensor) -> Tensor:
+    if x.shape[1] % 2:
+        return x.cumsum(1) if x.shape[1] < 700 else x.cumsum(1) * 2
+    return x.cumsum(1)
+
+
+def two_paths(net: Net, x: Tensor) -> Tensor:
+    n = x.shape[1]
+    size = 2 * n if n > 30 else 64
+    k = 0.5 ** torch.arange(n, dtype=x.dtype)
+    return torch.fft.irfft(torch.fft.rfft(x.mT, n=size) * torch.fft.rfft(k, n=size), n=size)[..., :n].mT
+
+
+def test_a_single_length_below_a_branch():
+    net = Net(below_a_branch)
+    assert traced(net, 200).lengths.fewest == 81
+
+    def attack() -> float:
+        dec = decoder(net, features(2, 12, WIDTH), max_length=200)
+        x = features(2, 82, WIDTH)
+        dec.prefill(x[:, :79])
+        return gap(dec.step(x[:, 79]), net(x[:, :80])[:, 79])
+
+    with pytest.raises(FlashinfError):
+        attack()
+
+
+@pytest.mark.parametrize(("length", "admitted"), [(100, range(38, 101)), (None, range(1, 37))])
+def test_a_single_length_that_matters_for_large_values_only(length, admitted):
+    lengths = traced(Net(for_large_values_only), length).lengths
+    assert lengths.fewest == admitted[0]
+    assert all(lengths.admits(n) for n in admitted if n > 1)
+    assert lengths.maximum == (None if length else admitted[-1])
+
+
+@pytest.mark.parametrize("length", [None, 200])
+def test_calls_that_change_nothing_are_no_branch(length):
+    lengths = traced(Net(padded_to_whole_chunks), length).lengths
+    assert all(lengths.admits(n) for n in range(2, 300))
+    assert lengths.fewest == 1
+
+
+def test_something_else_at_every_second_length():
+    with pytest.raises(Unsupported) as caught:
+        traced(Net(parity), 100)
+    assert caught.value.refusals[0].kind == "lengths"
+
+
+def test_something_else_at_every_second_length_from_some_on():
+    lengths = traced(Net(parity_of_short_ones), 100).lengths
+    assert lengths.maximum == 700
+    assert all(lengths.admits(n) for n in range(2, 701))
+
+
+def test_the_same_operators_with_other_sizes():
+    net = Net(two_paths)
+    program = traced(net, 100)
+    assert program.lengths.fewest == 1
+    assert program.lengths.maximum is None
+
+
+def test_another_table_of_nearly_the_same_numbers():
+    def function(net: Net, x: Tensor) -> Tensor:
+        return x.cumsum(1) * (net.low if x.shape[1] < 16 else net.high)
+
+    table = torch.linspace(1, 2, WIDTH)
+    net = Net(function, low=table, high=table * (1 + 2e-5))
+    assert trace_module(net, features(2, 40, WIDTH).float(), length=100).lengths.fewest == 16
+    net = Net(function, low=table, high=table.clone())
+    assert trace_module(net, features(2, 40, WIDTH).float(), length=100).lengths.fewest == 1
+
+
+def test_sizes_of_layers_are_no_branch():
+    lengths = traced(
+        Net(lambda net, x: torch.fft.irfft(torch.fft.rfft(x.mT, n=64), n=64).mT[:, : x.shape[1]]), 30
+    )
+    assert all(lengths.lengths.admits(n) for n in range(2, 31))
+
+
+# -- the batch -----------------------------------------------------------------------------------------------
+
+
+def rows_where(condition: Callable[[int], bool]) -> Callable[[Any, Tensor], Tensor]:
+    return lambda net, x: x.clamp(-6, 6) if condition(x.shape[0]) else x * 1
+
+
+BATCHES = [
+    lambda b: b == 7, lambda b: b > 5, lambda b: b % 4 == 3, lambda b: b in (1, 9), lambda b: b < 2, lambda b: b == 99,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("condition", BATCHES)
+def test_branches_on_the_batch_that_matter_for_large_values_only(condition):
+    program = traced(Net(rows_where(condition)), None)
+    assert program.batch == 2
+
+
+def test_one_row_may_take_another_way_to_the_same():
+    def function(net: Net, x: Tensor) -> Tensor:
+        if x.shape[0] == 1:
+            x = x.contiguous()
+        return x.cumsum(1)
+
+    assert not isinstance(traced(Net(function), None).batch, int)
+
+
+def test_one_row_beside_some_length():
+    def function(net: Net, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] == 1 and x.shape[1] > 400 else x
+
+    assert traced(Net(function), None).batch == 2
+    assert traced(Net(function), 500).batch == 2
+
+
+def test_rows_beside_lengths():
+    def function(net: Net, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] * x.shape[1] == 36 else x
+
+    assert traced(Net(function), None).batch == 2
