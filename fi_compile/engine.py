@@ -514,7 +514,7 @@ class Engine:
         if self.model is None or (lengths.minimum <= 2 and not lengths.holes and not lengths.left_out):
             return program
         odd = disagreements(program, self.model)
-        return replace(program, lengths=replace(lengths, fewest=max(odd) + 1)) if odd else program
+        return replace(program, lengths=replace(lengths, fewest=max([*odd, lengths.fewest - 1]) + 1))
 
     def enlarged(self, capacity: int) -> Engine:
         """The engine for a capacity at which a filter leaves the class it was found in."""
