@@ -103,6 +103,8 @@ class _Same:
 
     def same_shape(self, side: int, a: fx.Node, b: fx.Node) -> bool:
         ours, theirs = sizes(a), sizes(b)
+        if a.meta["val"].dtype != b.meta["val"].dtype:  # a view may read bits as numbers of another kind
+            return False
         return len(ours) == len(theirs) and all(
             np.array_equal(self.value(side, x), self.value(side, y))
             for x, y in zip(ours, theirs, strict=True)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.sym_node import SymNode
 
 from .alike import is_same
 from .branches import cover_lengths, follows_one_row, matters_for_one_row
@@ -137,7 +138,11 @@ def _trace(model: nn.Module, example: Tensor, length: int, rows: int | None, pin
     with attributes_kept(model), _questions() as asked:
         exported = _export(model, _resized(example, traced_rows, length), rows is None, not pinned)
         program = _read(exported, model, example, pinned)
-    if not isinstance(program.batch, int):
+    if rows is None:
+        if isinstance(program.batch, int):
+            raise Unsupported(
+                Refusal("trace", "the model takes the number of rows in the batch for a number")
+            )
         ranges = _shape_env(exported).var_to_range[program.batch]
         if not admits_batches(program.guards, program.length, program.batch, ranges, program.lengths) or (
             matters_for_one_row(asked, program)
@@ -151,18 +156,21 @@ def _trace(model: nn.Module, example: Tensor, length: int, rows: int | None, pin
 def _questions() -> Iterator[list[sympy.Basic]]:
     """What code outside torch asks of sizes while it is traced: a truth value decides what is traced next."""
     asked: list[sympy.Basic] = []
-    answer = torch.SymBool.__bool__
+    answer = SymNode.bool_
 
-    def ask(value: torch.SymBool) -> bool:
-        if not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
-            asked.append(value.node.expr)
-        return answer(value)
+    def ask(node: SymNode) -> bool:
+        frame = sys._getframe(1)
+        while frame.f_code.co_filename == torch.__file__ and frame.f_back is not None:
+            frame = frame.f_back  # the methods of symbolic numbers themselves
+        if not frame.f_code.co_filename.startswith(_TORCH):
+            asked.append(node.expr)
+        return answer(node)
 
-    torch.SymBool.__bool__ = ask
+    SymNode.bool_ = ask
     try:
         yield asked
     finally:
-        torch.SymBool.__bool__ = answer
+        SymNode.bool_ = answer
 
 
 _TORCH = str(pathlib.Path(torch.__file__).parent)

@@ -121,6 +121,14 @@ def test_the_same_operators_with_other_sizes():
     assert program.lengths.maximum is None
 
 
+def test_bits_read_as_other_numbers():
+    def function(net: Net, x: Tensor) -> Tensor:
+        y = (x * 8).long()
+        return x + (y.view(torch.float64) * 2.0**1060 if x.shape[1] < 16 else y)
+
+    assert traced(Net(function), 100, own=40).lengths.fewest == 16
+
+
 def test_another_table_of_nearly_the_same_numbers():
     def function(net: Net, x: Tensor) -> Tensor:
         return x.cumsum(1) * (net.low if x.shape[1] < 16 else net.high)
@@ -164,6 +172,23 @@ def test_one_row_may_take_another_way_to_the_same():
         return x.cumsum(1)
 
     assert not isinstance(traced(Net(function), None).batch, int)
+
+
+def by_index(net: Net, x: Tensor) -> Tensor:
+    return [x * 1, x.clamp(-6, 6)][int(x.shape[0] == 1)]
+
+
+def by_zero(net: Net, x: Tensor) -> Tensor:
+    return x * 1 if x.shape[0] - 1 else x.clamp(-6, 6)
+
+
+def by_len(net: Net, x: Tensor) -> Tensor:
+    return x * 1 if len(x) > 1 else x.clamp(-6, 6)
+
+
+@pytest.mark.parametrize("function", [by_index, by_zero, by_len], ids=lambda f: f.__name__)
+def test_questions_in_other_words(function):
+    assert traced(Net(function), None).batch == 2
 
 
 def test_one_row_beside_some_length():

@@ -32,7 +32,7 @@ def mirrored(c: Call, rank: int) -> dict[tuple[int, int], Any]:
     if places[0] is None or places[1] is None or not _same_value(places[0][0], places[1][0]):
         return {}
     ours, theirs = places[0][1], places[1][1]
-    apart = [(ours[d], theirs[d]) for d in ours if ours[d] != theirs[d]]
+    apart = [(ours[d], theirs[d]) for d in ours if ours[d] != theirs.get(d)]
     found = {frozenset(pair) for pair in apart}
     if len(found) != 1:
         return {}
