@@ -127,8 +127,11 @@ class _Same:
     def value(self, side: int, size: Any) -> np.ndarray:
         expr = as_expr(size)
         if (side, str(expr)) not in self.known:
-            at = {self.sides[side].length: self.lengths, self.sides[side].batch: self.batches}
-            self.known[side, str(expr)] = evaluate_at(expr, at, self.lengths.shape)
+            program, lengths, batches = self.sides[side], self.lengths, self.batches
+            if program.batch not in getattr(expr, "free_symbols", ()):  # once will do
+                lengths, batches = lengths[:1], batches[:1]
+            found = evaluate_at(expr, {program.length: lengths, program.batch: batches}, lengths.shape)
+            self.known[side, str(expr)] = np.broadcast_to(found, self.lengths.shape)
         return self.known[side, str(expr)]
 
     def same_number(self, a: Any, b: Any) -> bool:
