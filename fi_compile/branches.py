@@ -158,8 +158,8 @@ def matters_for_one_row(asked: Iterable[sympy.Basic], program: Program) -> bool:
     for question in asked:
         if program.batch not in question.free_symbols:
             continue
-        answers = [program.size_values(question, lengths, rows) for rows in (1, 2)]
-        if not np.array_equal(*answers):
+        one, two = (program.size_values(question, lengths, rows) for rows in (1, 2))
+        if not np.array_equal(one, two):
             return True
     return False
 

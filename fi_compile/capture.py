@@ -158,13 +158,13 @@ def _questions() -> Iterator[list[sympy.Basic]]:
     asked: list[sympy.Basic] = []
     answer = SymNode.bool_
 
-    def ask(node: SymNode) -> bool:
+    def ask(self: SymNode) -> bool:
         frame = sys._getframe(1)
         while frame.f_code.co_filename == torch.__file__ and frame.f_back is not None:
             frame = frame.f_back  # the methods of symbolic numbers themselves
         if not frame.f_code.co_filename.startswith(_TORCH):
-            asked.append(node.expr)
-        return answer(node)
+            asked.append(self.expr)
+        return answer(self)
 
     SymNode.bool_ = ask
     try:
@@ -300,7 +300,7 @@ def _read(exported: ExportedProgram, model: nn.Module, example: Tensor, pinned: 
     shape = sequence.meta["val"].shape
     batch, length = (_symbol(size) for size in shape[:2])
     shape_env = _shape_env(exported)
-    guards = () if shape_env is None else tuple(guard.expr for guard in shape_env.guards)
+    guards = tuple(guard.expr for guard in getattr(shape_env, "guards", ()))
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
     if pinned:
