@@ -37,7 +37,8 @@ class _WidenCall:
     """A call in double precision: dtypes widened, factories given one, single-precision results widened too."""
 
     def __call__(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        args, kwargs = pytree.tree_map_only(torch.dtype, widen, (args, kwargs))
+        args = tuple(widen(a) if isinstance(a, torch.dtype) else a for a in args)
+        kwargs = {k: widen(a) if isinstance(a, torch.dtype) else a for k, a in kwargs.items()}
         result = node.meta.get("val")
         if isinstance(result, Tensor) and result.dtype in _WIDER and kwargs.get("dtype") is None:
             schema = getattr(node.target, "_schema", None)
