@@ -15,7 +15,7 @@ Price = tuple[int, ...]
 _MOST_TRIED = 256  # more inputs that may all be read either way: all rows will do
 
 
-def cheapest_first(
+def order_reads(
     choices: Sequence[Sequence[Demand]], prices: Sequence[Sequence[Price]]
 ) -> Iterator[tuple[Demand, ...]]:
     """One demand of each input, by the sum of their prices; equal sums in the order of the choices.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fi_compile.errors import Refusal, Unsupported
-from fi_compile.passes.order_reads import cheapest_first, other_rows_count, sufficient
+from fi_compile.passes.order_reads import order_reads, other_rows_count, sufficient
 from fi_compile.passes.propose_consistency import Consistency, agrees, explain_inconsistency
 from fi_compile.program import Program, is_tensor, source_of
 from fi_compile.twin import widen_call
@@ -248,7 +248,7 @@ class _Planner:
         self, tensors: list[fx.Node], choices: list[list[Demand]]
     ) -> Iterator[dict[fx.Node, Demand]]:
         prices = [[self.price(i, d) for d in c] for i, c in zip(tensors, choices, strict=True)]
-        for picked in cheapest_first(choices, prices):
+        for picked in order_reads(choices, prices):
             yield dict(zip(tensors, picked, strict=True))
 
     def other_rows_count(self, unit: Unit) -> dict[fx.Node, tuple[bool, ...]]:

@@ -9,7 +9,7 @@ from torch import nn
 import fi_compile
 from decoding import EAGER, decoded, features, gap
 from fi_compile.passes import plan_demands
-from fi_compile.passes.order_reads import cheapest_first, sufficient
+from fi_compile.passes.order_reads import order_reads, sufficient
 from fi_compile.units import ALL, NEW
 
 
@@ -24,16 +24,16 @@ def test_the_order_is_that_of_a_stable_sort_of_all_of_them():
     ]
     every = itertools.product(*(zip(c, p, strict=True) for c, p in zip(choices, prices, strict=True)))
     expected = sorted(every, key=lambda a: tuple(map(sum, zip(*(p for _, p in a), strict=True))))
-    assert list(cheapest_first(choices, prices)) == [tuple(d for d, _ in a) for a in expected]
+    assert list(order_reads(choices, prices)) == [tuple(d for d, _ in a) for a in expected]
 
 
 def test_of_very_many_the_dearest_is_still_there():
     choices = [[(NEW,), (ALL,)]] * 40
-    found = list(cheapest_first(choices, [[(0,), (1,)]] * 40))
+    found = list(order_reads(choices, [[(0,), (1,)]] * 40))
     assert len(found) < 1000
     assert found[0] == ((NEW,),) * 40
     assert found[-1] == ((ALL,),) * 40
-    assert not list(cheapest_first([[(NEW,)], []], [[(0,)], []]))
+    assert not list(order_reads([[(NEW,)], []], [[(0,)], []]))
 
 
 def test_rows_that_count_must_be_read():
