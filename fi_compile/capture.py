@@ -13,7 +13,7 @@ import operator
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -165,7 +165,7 @@ def _is_plain(graph: fx.Graph, table: Mapping[Any, Any]) -> bool:
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Operators whose meaning on one row needs the row's position, spelled out with aranges."""
+    """Operators whose meaning on one row needs the row's position, spelled out with aranges; selections as such."""
 
     def offsets(x: Tensor) -> Tensor:
         rows = torch.arange(x.shape[-2], device=x.device)
@@ -177,8 +177,14 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     def triu(x: Tensor, diagonal: int = 0) -> Tensor:
         return torch.where(offsets(x) >= diagonal, x, x.new_zeros(()))
 
+    def index_put(x: Tensor, indices: Sequence[Any], values: Tensor, accumulate: bool = False) -> Any:
+        mask = indices[0]
+        if accumulate or len(indices) != 1 or mask is None or mask.dtype != torch.bool or values.numel() != 1:
+            return NotImplemented
+        return torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), values.reshape(()), x)
+
     aten = torch.ops.aten
-    return {aten.tril.default: tril, aten.triu.default: triu}
+    return {aten.tril.default: tril, aten.triu.default: triu, aten.index_put.default: index_put}
 
 
 @contextlib.contextmanager
