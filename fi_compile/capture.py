@@ -49,7 +49,10 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     failures: list[Exception] = []
     best: Program | None = None
     second_best: Program | None = None
-    for trace_length in _trace_lengths(model, example, length):
+    lengths = _trace_lengths(model, example, length)
+    for trace_length in lengths:
+        if _pins_length(failures[-1:]) and _pinned_at_short(model, example, lengths):
+            raise Unsupported(_PINNED) from failures[-1]
         try:
             program = without_layout_holes(_trace_at(model, example, trace_length), model)
             odd = disagreements(program, model)  # which a program whose tables end below its range cannot run
@@ -86,6 +89,28 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     )
 
 
+def _pins_length(errors: Sequence[Exception]) -> bool:
+    """Whether an export found one number in the place of the length."""
+    return any("Constraints violated" in str(e) and "size()[1]" in str(e) for e in errors)
+
+
+def _pinned_at_short(model: nn.Module, example: Tensor, tried: Sequence[int]) -> bool:
+    """Whether that is so at a short length too: the others may have met a dimension of the model by chance."""
+    try:
+        _trace_at(model, example, next(n for n in (9, 11, 13, 15) if n not in tried))
+    except Exception as error:
+        return _pins_length([error])
+    return False
+
+
+_PINNED = Refusal(
+    "static_length",
+    "the trace pins the sequence length: the forward loops over positions in Python, or computes with a number of them",
+    hint="spell the loop as operators on whole sequences (cumsum, scores with a mask, a convolution), or register a "
+    "mixer; take sizes from x.shape[1] by plain integer arithmetic",
+)
+
+
 def _sparse(program: Program) -> Unsupported:
     return Unsupported(
         Refusal(
@@ -105,8 +130,10 @@ def _trace_at(model: nn.Module, example: Tensor, length: int) -> Program:
             program = _read(exported, model, example)
         if batches_agree(program, model):
             return program
-    except Exception:
-        pass  # a batch that is written into the model, as in a graph made for one batch
+    except Exception as error:
+        if _pins_length([error]):
+            raise  # whatever the batch
+        # a batch that is written into the model, as in a graph made for one batch
     with attributes_kept(model):
         exported = _export(model, _resized(example, own, length), dynamic_batch=False)
         return _read(exported, model, example)

@@ -119,3 +119,40 @@ def test_other_newest_rows_are_refused(pick, kind: str):
     with pytest.raises(fi_compile.Unsupported) as caught:
         fi_compile.decoder(model, ids(2, 20), options=EAGER)
     assert kind in {r.kind for r in caught.value.refusals}
+
+
+class WrittenBatch(nn.Module):
+    """[B, s, 6]: running means after a first row of zeros; the batch is a Python number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(6, 6)
+
+    def forward(self, x):
+        batch, n = int(x.shape[0]), x.shape[1]
+        first = torch.zeros(batch, 1, 6, dtype=x.dtype)
+        shifted = torch.cat([first, self.project(x)], 1).view(batch, n + 1, 3, 2)
+        return x + shifted[:, :-1].reshape(batch, n, 6)
+
+
+def test_a_batch_that_is_a_number_is_described_too():
+    x = features(2, 40, 6)
+    dec = decodes(WrittenBatch(), x, {"short_conv/window"})
+    assert 0 < dec.report.state_bytes < dec.state_bytes
+
+
+class LoopOverPositions(nn.Module):
+    """[B, s, 6]: a leaky sum in a Python loop, as it is written beside its derivation."""
+
+    def forward(self, x):
+        state, rows = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            state = 0.9 * state + x[:, t]
+            rows.append(state)
+        return torch.stack(rows, 1)
+
+
+def test_a_loop_over_positions_is_named():
+    with pytest.raises(fi_compile.Unsupported, match="loops over positions") as caught:
+        fi_compile.decoder(LoopOverPositions(), features(2, 40, 6), options=EAGER)
+    assert [r.kind for r in caught.value.refusals] == ["static_length"]

@@ -30,7 +30,7 @@ from fi_compile.facts import (
 from . import affine as index
 from .call import Call, mixed, one, rule
 from .pointwise import unite_dims, value_bounds
-from .slices import moving, window
+from .slices import window
 
 
 @rule("embedding")
@@ -67,7 +67,7 @@ def _single(c: Call, table: Fact, dim: int, place: int) -> Fact:
         raise Deny("wraps", f"entry {place} of a dimension that is shorter at some lengths")
     result = window(c, table, dim, start, tidy(np.add(start, 1)))
     if not result.newest and not result.dims[dim][0].fixed:
-        raise moving(place)
+        raise Deny("moving", f"takes entry {place} of the positions", "take the first or the newest row")
     c.row_local = all(a.fixed for a in table.axes)
     return result
 

@@ -142,16 +142,6 @@ def narrow(c: Call) -> Fact:
     return window(c, fact, dim, start, stop)
 
 
-def moving(place: object) -> Deny:
-    """The refusal of a single row of a sequence."""
-    counted = f" ({place} from the end)" if isinstance(place, int) and place < -1 else ""
-    return Deny(
-        "moving",
-        f"takes one position whose content follows the length{counted}",
-        "only the first or the newest row can be taken",
-    )
-
-
 @rule("select", "select_copy", scales=True)
 def select(c: Call) -> Fact:
     """x[..., index, ...]: a dimension less."""
@@ -163,7 +153,11 @@ def select(c: Call) -> Fact:
     index = tidy(np.where(np.less(index, 0), np.add(index, size), index))
     result = window(c, fact, dim, index, tidy(np.add(index, 1)))
     if not result.newest and not result.dims[dim][0].fixed:
-        raise moving(c.arg("index"))
+        raise Deny(
+            "moving",
+            "takes one position whose content follows the length",
+            "only the first or the newest row can be taken",
+        )
     c.note_linear([c.arg("self")])
     c.row_local = fact.dims[dim][0].fixed
     dims = (*result.dims[:dim], *result.dims[dim + 1 :])
