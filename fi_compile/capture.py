@@ -90,8 +90,9 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
 
 
 def _pins_length(errors: Sequence[Exception]) -> bool:
-    """Whether an export found one number in the place of the length."""
-    return any("Constraints violated" in str(e) and "size()[1]" in str(e) for e in errors)
+    """Whether an export found one number in the place of the length, and of it alone."""
+    found = [str(e).splitlines()[0] for e in errors if str(e)]
+    return any("Constraints violated" in s and "size()[1]" in s and "size()[0]" not in s for s in found)
 
 
 def _pinned_at_short(model: nn.Module, example: Tensor, tried: Sequence[int]) -> bool:
