@@ -53,7 +53,10 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     failures: list[Exception] = []
     best: Program | None = None
     second_best: tuple[Program, list[int]] | None = None
-    for trace_length in _trace_lengths(model, example, length):
+    tried = _trace_lengths(model, example, length)
+    for trace_length in tried:
+        if _pins_length(failures[-1:]) and _pinned_at_short(model, example, tried):
+            raise Unsupported(_PINNED) from failures[-1]
         near = max(trace_length, example.shape[1], length or 0)
         try:
             program = _trace_at(model, example, trace_length)
@@ -88,6 +91,29 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     )
 
 
+def _pins_length(errors: Sequence[Exception]) -> bool:
+    """Whether an export found one number in the place of the length, and of it alone."""
+    found = [str(e).splitlines()[0] for e in errors if str(e)]
+    return any("Constraints violated" in s and "size()[1]" in s and "size()[0]" not in s for s in found)
+
+
+def _pinned_at_short(model: nn.Module, example: Tensor, tried: Sequence[int]) -> bool:
+    """Whether that is so at a short length too: the others may have met a dimension of the model by chance."""
+    try:
+        _trace_at(model, example, next(n for n in (9, 11, 13, 15) if n not in tried))
+    except Exception as error:
+        return _pins_length([error])
+    return False
+
+
+_PINNED = Refusal(
+    "static_length",
+    "the trace pins the sequence length: the forward loops over positions in Python, or computes with a number of them",
+    hint="spell the loop as operators on whole sequences (cumsum, scores with a mask, a convolution), or register a "
+    "mixer; take sizes from x.shape[1] by plain integer arithmetic",
+)
+
+
 def _covered(program: Program, model: nn.Module, near: int, odd: Sequence[int] = ()) -> Program:
     """The program with the lengths at which traces made there show what it does; it does not at the ``odd`` ones."""
     return cover_lengths(
@@ -118,8 +144,10 @@ def _trace_at(model: nn.Module, example: Tensor, length: int) -> Program:
         program = _trace(model, example, length, rows=None)
         if batches_agree(program, model):
             return program
-    except Exception:
-        pass  # a batch that is written into the model, as in a graph made for one batch
+    except Exception as error:
+        if _pins_length([error]):
+            raise  # whatever the batch
+        # a batch that is written into the model, as in a graph made for one batch
     return _trace(model, example, length, rows=example.shape[0])
 
 
@@ -229,7 +257,7 @@ def _is_plain(graph: fx.Graph, table: Mapping[Any, Any]) -> bool:
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Operators whose meaning on one row needs the row's position, spelled out with aranges."""
+    """Operators whose meaning on one row needs the row's position, spelled out with aranges; selections as such."""
 
     def offsets(x: Tensor) -> Tensor:
         rows = torch.arange(x.shape[-2], device=x.device)
@@ -241,8 +269,14 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     def triu(x: Tensor, diagonal: int = 0) -> Tensor:
         return torch.where(offsets(x) >= diagonal, x, x.new_zeros(()))
 
+    def index_put(x: Tensor, indices: Sequence[Any], values: Tensor, accumulate: bool = False) -> Any:
+        mask = indices[0]
+        if accumulate or len(indices) != 1 or mask is None or mask.dtype != torch.bool or values.numel() != 1:
+            return NotImplemented
+        return torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), values.reshape(()), x)
+
     aten = torch.ops.aten
-    return {aten.tril.default: tril, aten.triu.default: triu}
+    return {aten.tril.default: tril, aten.triu.default: triu, aten.index_put.default: index_put}
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ _COSTS = {
 
 def describe(engine: Engine) -> Report:
     """The report on an engine: mixers, schedule, certificate, state, and a snapshot per pass."""
-    derived = engine.derived(1)
+    derived = engine.derived(engine.rows)
     start = time.perf_counter()
     graph = engine.step_graph().graph_module.graph
     spent = 1e3 * (time.perf_counter() - start)
@@ -41,7 +41,7 @@ def describe(engine: Engine) -> Report:
         tiling=derived.tiling if derived.bank is not None else None,
         bytes_of_mixing=derived.bank.predict_bytes() if derived.bank is not None else {},
         certificate=tuple(engine.proof.steps),
-        state_bytes=Lane(derived, 1).state_bytes,
+        state_bytes=Lane(derived, engine.rows).state_bytes // engine.rows,
         capacity=engine.capacity,
         notes=(
             *_given_up(derived),
@@ -74,7 +74,7 @@ def _mixer(engine: Engine, unit: Unit) -> MixerReport:
         return MixerReport(
             name, kind, source, None, None, (), "proved causal at every length", lowering, _COSTS[lowering]
         )
-    derived = engine.derived(1)
+    derived = engine.derived(engine.rows)
     window = derived.step.windows.get(mixer.name)
     return MixerReport(
         name,

@@ -114,7 +114,7 @@ class Engine:
         self.plan: Plan = self._timed("analyse", self._plan, program=self.program, rewrites=0)
         tiling = Tiling(4, 2, True) if self.options.latency == "bounded" else Tiling(5)
         check_step(self.analysis, self.plan, tiling)
-        derived = self._timed("derive", lambda: self.derived(1), rewrites=0)
+        derived = self._timed("derive", lambda: self.derived(self.rows), rewrites=0)
         self._timed(
             "raise",
             lambda: self.raised(derived),
@@ -324,6 +324,11 @@ class Engine:
         return state_dtype(torch.float64 if double else torch.float32)
 
     @property
+    def rows(self) -> int:
+        """How many rows are decoded where nobody says: one, or the batch that the trace pins."""
+        return self.program.batch if isinstance(self.program.batch, int) else 1
+
+    @property
     def reads_ids(self) -> bool:
         """Whether the sequence is of integers that index a table."""
         return not self.program.example.dtype.is_floating_point
@@ -499,7 +504,7 @@ class Engine:
             for stale in ("double_values", "report"):
                 twin.__dict__.pop(stale, None)
             try:
-                raised = twin.raised(twin.derived(1))
+                raised = twin.raised(twin.derived(twin.rows))
                 if twin._still_holds(self.capacity):
                     now = {s.name: raised if s.name == "raise" else program for s in self.snapshots}
                     twin.snapshots = [replace(s, run=now[s.name].run) for s in self.snapshots]
@@ -574,7 +579,7 @@ class Engine:
 
     def step_graph(self) -> CompiledStep:
         """The step graph of one sequence, traced but not compiled."""
-        lane = Lane(self.derived(1), 1)
+        lane = Lane(self.derived(self.rows), self.rows)
         return CompiledStep(lane.derived.step, lane.tensors, "eager")
 
     def decode(self, sequence: Tensor) -> Any:

@@ -34,16 +34,22 @@ def widen(value: Any) -> Any:
 
 
 class _WidenCall:
-    """A call in double precision: dtypes widened, factories given one, single-precision results widened too."""
+    """A call in double precision: dtypes widened, factories given one, integers that become floating numbers too."""
 
     def __call__(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        args, kwargs = pytree.tree_map_only(torch.dtype, widen, (args, kwargs))
+        args = tuple(widen(a) if isinstance(a, torch.dtype) else a for a in args)
+        kwargs = {k: widen(a) if isinstance(a, torch.dtype) else a for k, a in kwargs.items()}
         result = node.meta.get("val")
         if isinstance(result, Tensor) and result.dtype in _WIDER and kwargs.get("dtype") is None:
             schema = getattr(node.target, "_schema", None)
             from_nothing = not any(isinstance(n.meta.get("val"), Tensor) for n in node.all_input_nodes)
             if from_nothing and schema and any(a.name == "dtype" for a in schema.arguments):
                 kwargs = {**kwargs, "dtype": _WIDER[result.dtype]}
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            if tensors and all(
+                t.dtype in _INTEGERS for t in tensors
+            ):  # else it is computed in the default dtype
+                args = tuple(a.to(_WIDER[result.dtype]) if isinstance(a, Tensor) else a for a in args)
         return args, kwargs
 
     def result(self, value: Any) -> Any:

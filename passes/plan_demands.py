@@ -8,14 +8,14 @@ becomes a history, unless a mixer recognises the unit and brings an increment of
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fi_compile.errors import Refusal, Unsupported
+from fi_compile.passes.order_reads import order_reads, other_rows_count, sufficient
 from fi_compile.passes.propose_consistency import Consistency, agrees, explain_inconsistency
 from fi_compile.program import Program, is_tensor, source_of
 from fi_compile.twin import widen_call
@@ -227,14 +227,52 @@ class _Planner:
         """Ways to read the inputs, cheapest first: by how many histories they need."""
         tensors = [i for i in inputs if is_tensor(i)]
         choices = [self.choices(i) for i in tensors]
-        assignments = sorted(itertools.product(*choices), key=lambda a: self.price(tensors, a))
         bindings = ("row", "axis", "full", "region")
-        for assignment in assignments:
-            pairs = {d for i, d in zip(tensors, assignment, strict=True) if len(self.rows(i)) == 2}
-            if len(pairs) > 1 or (pairs == {(NEW, NEW)} and demand != (NEW, NEW)):
-                continue  # else the corner of one operand could broadcast over a row of another
-            for binding in bindings:
-                yield Unit(node, demand, nodes, dict(zip(tensors, assignment, strict=True)), binding)
+        cheapest = next(self.assignments(tensors, choices), None)
+        if cheapest is None:
+            return
+        if self.fits(cheapest, demand):
+            yield from (Unit(node, demand, nodes, cheapest, binding) for binding in bindings)
+        counts = self.other_rows_count(Unit(node, demand, nodes, cheapest, "full"))
+        choices = [sufficient(c, counts[i]) for i, c in zip(tensors, choices, strict=True)]
+        for reads in self.assignments(tensors, choices):
+            if reads != cheapest and self.fits(reads, demand):
+                yield from (Unit(node, demand, nodes, reads, binding) for binding in bindings)
+
+    def fits(self, reads: Mapping[fx.Node, Demand], demand: Demand) -> bool:
+        """Operands of two sequence axes are read alike, else the corner of one could broadcast over another's row."""
+        pairs = {d for i, d in reads.items() if len(self.rows(i)) == 2}
+        return len(pairs) <= 1 and (pairs != {(NEW, NEW)} or demand == (NEW, NEW))
+
+    def assignments(
+        self, tensors: list[fx.Node], choices: list[list[Demand]]
+    ) -> Iterator[dict[fx.Node, Demand]]:
+        prices = [[self.price(i, d) for d in c] for i, c in zip(tensors, choices, strict=True)]
+        for picked in order_reads(choices, prices):
+            yield dict(zip(tensors, picked, strict=True))
+
+    def other_rows_count(self, unit: Unit) -> dict[fx.Node, tuple[bool, ...]]:
+        """Which inputs, along which of their axes, cannot be read by their newest rows alone."""
+        t = self.n - 1
+        expected = self.expected(unit, t)
+        values = {node: self.values[node] for node in unit.reads}
+        axes = {node: self.rows(node) for node in unit.reads}
+        if not unit.demand or expected is None:
+            return {node: (False,) * len(axes[node]) for node in unit.reads}
+
+        def run(env: Mapping[fx.Node, Any]) -> Tensor | None:
+            found = self.ran(unit, dict(env), self.n)
+            if found is None or found.shape != self.values[unit.exit].shape:
+                return None
+            return self.demanded(found, unit, t)
+
+        return other_rows_count(
+            run,
+            values,
+            axes,
+            lambda found: not agrees(found, expected, _TOLERANCE, self.values[unit.exit]),
+            t,
+        )
 
     def choices(self, node: fx.Node) -> list[Demand]:
         axes = len(self.rows(node))
@@ -245,11 +283,9 @@ class _Planner:
             return [(NEW, ALL), (ALL, NEW), (NEW, NEW), *whole]
         return []
 
-    def price(self, tensors: list[fx.Node], assignment: tuple[Demand, ...]) -> tuple[int, int]:
-        data = sum(
-            demand.count(ALL) for node, demand in zip(tensors, assignment, strict=True) if self.is_data(node)
-        )
-        return data, sum(demand.count(ALL) for demand in assignment)
+    def price(self, node: fx.Node, demand: Demand) -> tuple[int, int]:
+        whole = demand.count(ALL)
+        return whole if self.is_data(node) else 0, whole
 
     def is_certified(self, unit: Unit) -> bool:
         """Whether more than a few samples says that the rows a unit reads are all it needs."""
@@ -271,7 +307,22 @@ class _Planner:
         if expected is None:
             return True
         env: dict[fx.Node, Any] = {node: self.given(node, d, t) for node, d in unit.reads.items()}
-        length = 1 if unit.binding == "row" else self.n
+        found = self.ran(unit, env, 1 if unit.binding == "row" else self.n)
+        if found is None or found.dim() != expected.dim():
+            return False
+        for axis, kind in zip(self.rows(unit.exit), unit.demand, strict=True):
+            if kind == NEW and unit.binding == "region":
+                if found.shape[axis] != self.n:
+                    return False
+                found = found.narrow(axis, t, 1)
+            elif kind == ALL:
+                if found.shape[axis] != self.n:
+                    return False
+                found = found.narrow(axis, 0, t + 1)
+        return agrees(found, expected, _TOLERANCE, self.values[unit.exit])
+
+    def ran(self, unit: Unit, env: dict[fx.Node, Any], length: int) -> Tensor | None:
+        """The unit on its inputs; None where it fails."""
         try:
             with torch.no_grad():
                 found = run_unit(
@@ -284,19 +335,8 @@ class _Planner:
                     rewrite=widen_call,
                 )
         except (RuntimeError, IndexError, ValueError, TypeError):
-            return False
-        if not isinstance(found, Tensor) or found.dim() != expected.dim():
-            return False
-        for axis, kind in zip(self.rows(unit.exit), unit.demand, strict=True):
-            if kind == NEW and unit.binding == "region":
-                if found.shape[axis] != self.n:
-                    return False
-                found = found.narrow(axis, t, 1)
-            elif kind == ALL:
-                if found.shape[axis] != self.n:
-                    return False
-                found = found.narrow(axis, 0, t + 1)
-        return agrees(found, expected, _TOLERANCE, self.values[unit.exit])
+            return None
+        return found if isinstance(found, Tensor) else None
 
     def lists(self, unit: Unit) -> dict[int, int]:
         return {
@@ -319,7 +359,10 @@ class _Planner:
             if unit.exit in self.analysis.consistent:
                 return self.values[unit.exit]
             return self.analysis.values.get(t + 1, {}).get(unit.exit)
-        value = self.values[unit.exit]
+        return self.demanded(self.values[unit.exit], unit, t)
+
+    def demanded(self, value: Tensor, unit: Unit, t: int) -> Tensor:
+        """What a unit is to make at position t, of its whole value."""
         for axis, kind in zip(self.rows(unit.exit), unit.demand, strict=True):
             value = take_row(value, axis, t) if kind == NEW else value.narrow(axis, 0, t + 1)
         return value

@@ -450,7 +450,7 @@ class Walker:
                 if node is output:
                     fact = self.results[node]
                     assert isinstance(fact, Fact)
-                    yield node, Deny("unproved", f"the output is not certified: {_describe(fact, True)}")
+                    yield node, _not_certified(fact)
             else:
                 for argument in node.all_input_nodes:
                     if argument not in seen and not is_integer(argument):
@@ -473,6 +473,18 @@ def _number(value: np.ndarray) -> Any:
     """A real quantity: a float where it does not follow the length."""
     first = value.flat[0]
     return float(first) if bool((value == first).all()) else value
+
+
+def _not_certified(fact: Fact) -> Deny:
+    """Why an output that has a fact is no certified one."""
+    held = [a.size for a in fact.axes if not a.fixed and constant(a.size)]
+    if held:
+        return Deny(
+            "moving",
+            f"the output holds {held[0]} positions that move on when the sequence grows",
+            "return all positions, or the newest alone",
+        )
+    return Deny("unproved", f"the output is not certified: {_describe(fact, True)}")
 
 
 def _picks(node: fx.Node) -> bool:

@@ -30,6 +30,7 @@ from fi_compile.facts import (
 from . import affine as index
 from .call import Call, mixed, one, rule
 from .pointwise import unite_dims, value_bounds
+from .slices import window
 
 
 @rule("embedding")
@@ -49,11 +50,26 @@ def index_select(c: Call) -> Fact:
 
 def looked_up(c: Call, table: Fact, dim: int, where: Fact) -> Fact:
     """``table`` with dimension ``dim`` replaced by the dimensions of the index tensor."""
+    if isinstance(where.fill, int) and len(where.dims) == 1 and same(one(where.dims[0]).size, 1):
+        return _single(c, table, dim, where.fill)
     c.row_local = all(a.fixed for a in table.axes)
     before, after = table.dims[:dim], table.dims[dim + 1 :]
     dims, triangles = indexed(c, table, dim, where)
     moved = tuple(replace(t, query=t.query + dim, key=t.key + dim) for t in triangles)
     return Fact((*before, *dims, *after), triangles=moved)
+
+
+def _single(c: Call, table: Fact, dim: int, place: int) -> Fact:
+    """``x[..., [-1], ...]``: one entry, by a number, its dimension kept."""
+    size = one(table.dims[dim]).size
+    start = place if place >= 0 else tidy(np.add(size, place))
+    if not (np.all(np.asarray(start) >= 0) and np.all(np.less(start, size))):
+        raise Deny("wraps", f"entry {place} of a dimension that is shorter at some lengths")
+    result = window(c, table, dim, start, tidy(np.add(start, 1)))
+    if not result.newest and not result.dims[dim][0].fixed:
+        raise Deny("moving", f"takes entry {place} of the positions", "take the first or the newest row")
+    c.row_local = all(a.fixed for a in table.axes)
+    return result
 
 
 def indexed(c: Call, table: Fact, dim: int, where: Fact) -> tuple[tuple[Dim, ...], tuple[Triangle, ...]]:

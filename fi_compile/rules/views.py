@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fi_compile.facts import JUNK, Axis, Deny, Dim, Fact, Quantity, constant, fixed, same, tidy
+from fi_compile.facts import JUNK, Axis, Deny, Dim, Fact, Quantity, by_batch, constant, fixed, same, tidy
 
 from . import chunks
 from .call import Call, is_one, rule, table_axis
@@ -152,7 +152,8 @@ def repeat(c: Call) -> Fact:
         elif is_one(dim):
             dims.append((replace(table_axis(size), flat=True),))
         elif all(a.fixed for a in dim) and constant(n):
-            dims.append((fixed(size),))
+            copies = replace(fixed(n), flat=True)
+            dims.append((copies, *dim) if by_batch(n) and not any(a.batch for a in dim) else (fixed(size),))
         else:
             raise Deny("unproved", "repeats a sequence of positions end to end")
     return Fact(tuple(dims), fact.scale, fill=fact.fill)
@@ -184,10 +185,30 @@ def view(c: Call) -> Fact:
     new = [i for i, dim in enumerate(dims) if not is_one(dim)]
     if len(old) == len(new) and all(_alike(fact.dims[i], dims[j]) for i, j in zip(old, new, strict=True)):
         return moved(fact, dims, dict(zip(old, new, strict=True)))  # only dimensions of size 1 come or go
-    if fact.junk:
+    where = _untouched(fact.dims, dims)
+    triangles = tuple(
+        replace(t, query=where[t.query], key=where[t.key])
+        for t in fact.triangles
+        if t.query in where and t.key in where
+    )
+    if any(t.above is JUNK and not (t.query in where and t.key in where) for t in fact.triangles):
         raise Deny("unproved", "a view regroups entries that are certified only below a diagonal")
     kept = chunks.after_view(fact, c.out)
-    return Fact(dims, fact.scale, fill=fact.fill, bounds=fact.bounds, chunks=kept)
+    return Fact(dims, fact.scale, triangles, fill=fact.fill, bounds=fact.bounds, chunks=kept)
+
+
+def _untouched(old: tuple[Dim, ...], new: tuple[Dim, ...]) -> dict[int, int]:
+    """Dimensions before and after all that a view regroups: they hold what they held."""
+    where: dict[int, int] = {}
+    for i, j in zip(range(len(old)), range(len(new)), strict=False):
+        if not _alike(old[i], new[j]):
+            break
+        where[i] = j
+    for i, j in zip(reversed(range(len(old))), reversed(range(len(new))), strict=False):
+        if not _alike(old[i], new[j]):
+            break
+        where[i] = j
+    return where
 
 
 def _alike(a: Dim, b: Dim) -> bool:
@@ -239,11 +260,16 @@ def _free(axis: Axis) -> bool:
     return axis.fixed and not axis.batch and axis.period is None
 
 
+def _one_a_row(a: Axis, b: Axis) -> bool:
+    """Whether one of two factors repeats the other for every row of the batch, which merging would forget."""
+    return a.flat != b.flat and by_batch((a if a.flat else b).size)
+
+
 def _joined(factors: list[Axis]) -> Dim:
     """Adjacent constant factors are one; sequence axes stay themselves."""
     out: list[Axis] = []
     for axis in factors:
-        if out and _free(out[-1]) and _free(axis):
+        if out and _free(out[-1]) and _free(axis) and not _one_a_row(out[-1], axis):
             out[-1] = fixed(tidy(np.multiply(out[-1].size, axis.size)))
         else:
             out.append(axis)
