@@ -149,10 +149,13 @@ def _export(model: nn.Module, example: Tensor, dynamic_batch: bool) -> ExportedP
     """
     try:
         return _exported(model, example, dynamic_batch)
-    except Exception:
+    except Exception as error:
         if not _freeze_flags(model):
             raise
-        return _exported(model, example, dynamic_batch)
+        try:
+            return _exported(model, example, dynamic_batch)
+        except Exception:
+            raise error from None  # which is about the model as it is
 
 
 class _Flag(int):
