@@ -8,13 +8,9 @@ and read back as a program with its guards evaluated.
 from __future__ import annotations
 
 import contextlib
-import math
-import operator
 import pathlib
 import sys
-import types
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +19,7 @@ import numpy as np
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, export
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.sym_node import SymNode
 
@@ -31,9 +27,9 @@ from .alike import is_same
 from .branches import cover_lengths, follows_one_row, matters_for_one_row
 from .compare import attributes_kept, batches_agree, disagreements
 from .errors import Refusal, Unsupported
+from .exporting import export_module
 from .guards import admits_batches, admitted_lengths
-from .program import Input, Kind, Lengths, Program, is_integer, operator_name
-from .rules import RULES
+from .program import Input, Kind, Lengths, Program
 
 _KINDS = {
     InputKind.PARAMETER: Kind.PARAMETER,
@@ -164,7 +160,7 @@ def _trace(model: nn.Module, example: Tensor, length: int, rows: int | None, pin
     """
     traced_rows = max(example.shape[0], 3 + (length == 3)) if rows is None else rows
     with attributes_kept(model), _questions() as asked:
-        exported = _export(model, _resized(example, traced_rows, length), rows is None, not pinned)
+        exported = export_module(model, _resized(example, traced_rows, length), rows is None, not pinned)
         program = _read(exported, model, example, pinned)
     if rows is None:
         if isinstance(program.batch, int):
@@ -231,80 +227,6 @@ def _resized(example: Tensor, batch: int, length: int) -> Tensor:
     rows = torch.arange(batch, device=example.device) % example.shape[0]
     columns = torch.arange(length, device=example.device) % example.shape[1]
     return example.detach()[rows][:, columns].clone()
-
-
-def _export(model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_length: bool) -> ExportedProgram:
-    dims = {d: Dim.DYNAMIC for d, dynamic in ((0, dynamic_batch), (1, dynamic_length)) if dynamic}
-    with torch.no_grad(), _traceable_helpers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = export(model, (example,), dynamic_shapes=(dims,), strict=False)
-        table = _decompositions()
-        return exported if _is_plain(exported.graph, table) else exported.run_decompositions(table)
-
-
-def _is_plain(graph: fx.Graph, table: Mapping[Any, Any]) -> bool:
-    """Whether a graph writes to nothing and every operator is one that rules know: decomposing would change little."""
-    for node in graph.nodes:
-        if node.op != "call_function" or is_integer(node) or node.target is operator.getitem:
-            continue
-        if not isinstance(node.target, torch._ops.OpOverload):
-            return False
-        known = operator_name(node.target) in RULES and node.target not in table
-        schema = node.target._schema
-        if schema.is_mutable or (schema.returns and not known):  # what returns nothing is an assertion
-            return False
-    return True
-
-
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Operators whose meaning on one row needs the row's position, spelled out with aranges; selections as such."""
-
-    def offsets(x: Tensor) -> Tensor:
-        rows = torch.arange(x.shape[-2], device=x.device)
-        return torch.arange(x.shape[-1], device=x.device) - rows.unsqueeze(-1)
-
-    def tril(x: Tensor, diagonal: int = 0) -> Tensor:
-        return torch.where(offsets(x) <= diagonal, x, x.new_zeros(()))
-
-    def triu(x: Tensor, diagonal: int = 0) -> Tensor:
-        return torch.where(offsets(x) >= diagonal, x, x.new_zeros(()))
-
-    def index_put(x: Tensor, indices: Sequence[Any], values: Tensor, accumulate: bool = False) -> Any:
-        mask = indices[0]
-        if accumulate or len(indices) != 1 or mask is None or mask.dtype != torch.bool or values.numel() != 1:
-            return NotImplemented
-        return torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), values.reshape(()), x)
-
-    aten = torch.ops.aten
-    return {aten.tril.default: tril, aten.triu.default: triu, aten.index_put.default: index_put}
-
-
-@contextlib.contextmanager
-def _traceable_helpers() -> Iterator[None]:
-    """Stand-ins for library helpers that compute on a length in Python and would pin it."""
-    with contextlib.ExitStack() as stack:
-        for module_name, attribute, stand_in in _STAND_INS:
-            module = sys.modules.get(module_name)
-            if module is not None and hasattr(module, attribute):
-                stack.callback(setattr, module, attribute, getattr(module, attribute))
-                setattr(module, attribute, stand_in)
-        yield
-
-
-def _symbolic_math() -> types.SimpleNamespace:
-    """``math`` with a square root that keeps a symbolic length symbolic."""
-    functions = {name: value for name, value in vars(math).items() if not name.startswith("__")}
-    functions["sqrt"] = lambda n: torch.sym_sqrt(n) if isinstance(n, torch.SymInt) else math.sqrt(n)
-    return types.SimpleNamespace(**functions)
-
-
-_STAND_INS: tuple[tuple[str, str, Any], ...] = (
-    ("torch._refs.fft", "math", _symbolic_math()),  # norm="ortho"
-    ("opt_einsum", "contract", torch.einsum),
-    ("opt_einsum.contract", "contract", torch.einsum),
-    ("scipy.fft", "next_fast_len", lambda target, real=False: target),
-    ("scipy.fftpack", "next_fast_len", lambda target: target),
-)
 
 
 def _read(exported: ExportedProgram, model: nn.Module, example: Tensor, pinned: bool) -> Program:

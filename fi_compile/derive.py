@@ -90,7 +90,8 @@ def derive(
             continue
         kept = found.kernel[:, : mixer.room] if mixer.ends else found.kernel
         # Long filters are many bytes: there is one copy of them.
-        reference = {"kernel": rows.get(mixer.name, kept).to(dtype).contiguous()}
+        kernel = rows[mixer.name] if mixer.name in rows else kept.to(dtype).contiguous()
+        reference = {"kernel": kernel}
         if mixer.gather is not None:
             reference["source"] = mixer.gather
             constants[f"source:{mixer.name}"] = mixer.gather

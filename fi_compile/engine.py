@@ -47,8 +47,10 @@ from .passes.propose_consistency import (
 )
 from .passes.prove_prefix import prove_prefix
 from .passes.raise_mixers import raise_mixers
+from .pieces import with_pieces_apart
 from .program import Kind, Program, is_tensor, source_of
 from .proof import Proof, Step
+from .reach import certified_reach, check_limit, exact_up_to, furthest
 from .report import Report, Snapshot
 from .step import StepProgram
 from .text import program_text
@@ -77,7 +79,7 @@ class Engine:
         capacity: int | None = None,
     ) -> None:
         self.traced, self.options, self.model = program, options, model
-        program, self._dropped = with_taps(program)
+        program, self._dropped = with_taps(with_pieces_apart(program))
         self.program = with_masks(program)
         self.kernels = choose_kernels(options.kernels, program.example.device)
         if self.kernels != "torch" and options.latency == "bounded":
@@ -86,6 +88,7 @@ class Engine:
             raise InputError("option keep_history=False needs kernels='torch' and latency='throughput'")
         self._block: int | None = None  # the base block, once it is chosen
         self._reach: int | None = None  # positions at which the tables end, once that was met
+        self._end = "the model's tables end there"
         self._reached = 0
         self.capacity = self._admitted(self._within_tables(capacity or self._first_capacity()))
         self._derived: dict[tuple[int, int], Derived] = {}
@@ -94,7 +97,7 @@ class Engine:
         self.snapshots: list[Snapshot] = []
         check_finite(program)
         self._analyse()
-        self._check_limit()
+        check_limit(self.options.max_length, self.program.lengths.maximum, self._reach)
 
     def _analyse(self) -> None:
         self._timed("trace", lambda: None, program=self.program, rewrites=0)
@@ -106,6 +109,8 @@ class Engine:
             if bounded:
                 self.proof = self._prove(self.capacity, bounded)
                 self.verdict = "numerically bounded"
+            if not self._all_certified():
+                self._end_with_certificate(lambda n: self._prove(n, bounded))
         self.verdicts: dict[str, str] = {}
         self.declined: dict[str, str] = {}  # units of a known kind that run as regions, and why
         self._filters: dict[tuple[str, int], Any] = {}
@@ -120,6 +125,15 @@ class Engine:
             lambda: self.raised(derived),
             rewrites=sum(m.reference is not None for m in derived.step.mixers),
         )
+
+    def _end_with_certificate(self, prove: Callable[[int], Proof]) -> None:
+        """Stop where the certificate does, if nobody asked for more; else say how far it reaches."""
+        reach = certified_reach(self.program, self.capacity, lambda n: self._covers(prove(n)))
+        if reach is None or self.options.max_length is not None:
+            self.proof.refusals = [exact_up_to(r, reach) for r in self.proof.refusals]
+            return
+        self._end = f"the certificate ends there: {self.proof.refusals[0].reason}"
+        self.proof, self._reach, self.capacity = prove(reach), reach, reach
 
     def _prove(self, capacity: int, bounded: Mapping[fx.Node, float] | None = None) -> Proof:
         proof = prove_prefix(self.program, capacity, bounded)
@@ -154,18 +168,23 @@ class Engine:
         """Whether a mixer equals its unit for the present weights up to a capacity."""
         if not isinstance(mixer, Convolution):
             return mixer.holds(proof, self.double_values, capacity)
-        if mixer.bound is not None and self._lags_bound(mixer.unit, mixer.x, proof) != mixer.bound:
+        if mixer.bound is not None and bound_lags(proof, mixer.unit, mixer.x, LONGEST_WINDOW) != mixer.bound:
             return False
         self._filter(mixer, capacity)  # which raises where it does not
         return True
 
-    def _is_certified(self, node: fx.Node) -> bool:
+    def _is_certified(self, node: fx.Node, proof: Proof | None = None) -> bool:
         """Whether a certificate covers an output: as a sequence, as the newest row, or as a constant."""
-        moving = bool(self.analysis.axes[node].rows) or node not in self.program.input_dependent
-        return self.proof.newest(node) or (self.proof.proved(node) and moving)
+        moving, proof = bool(self.analysis.axes[node].rows), proof or self.proof
+        return proof.newest(node) or (
+            proof.proved(node) and (moving or node not in self.program.input_dependent)
+        )
+
+    def _covers(self, proof: Proof) -> bool:
+        return all(self._is_certified(o, proof) for o in self.program.outputs if is_tensor(o))
 
     def _all_certified(self) -> bool:
-        return all(self._is_certified(o) for o in self.program.outputs if is_tensor(o))
+        return self._covers(self.proof)
 
     def _check_outputs(self) -> None:
         """Accept outputs that are consistent *and* proved; raise :class:`Unsupported` on any other."""
@@ -229,7 +248,7 @@ class Engine:
                 found,
                 invariant=True,
                 homogeneous=self.proof.homogeneous(unit.exit, {x}),
-                bound=self._lags_bound(unit, x, self.proof),
+                bound=bound_lags(self.proof, unit, x, LONGEST_WINDOW),
             )
             how = "proved a causal convolution at every length"
             true = verify(found, analysis.parameters, analysis.longest)
@@ -246,7 +265,7 @@ class Engine:
             return None
         chosen = classify(found, derived.kernel, self.dtype)
         try:  # weights that happen to be zero must not decide the kind: moved ones are asked too
-            chosen.derive(analysis.parameters, analysis.longest)
+            chosen.derive(analysis.parameters, analysis.longest if chosen.at is None else self.capacity)
         except FilterGrew:
             chosen = classify(found, found.derive(analysis.parameters, self.capacity).kernel, self.dtype)
         if chosen.lags is not None and chosen.kind == "long_conv" and derived.kernel.shape[1] < self.capacity:
@@ -255,13 +274,6 @@ class Engine:
         self._filters[found.name, self.capacity] = derived.rounded(self.dtype)
         self.verdicts[found.name] = how
         return chosen
-
-    def _lags_bound(self, unit: Unit, x: fx.Node, proof: Proof) -> int | None:
-        """How many lags a filter is proved to have, where they are few; None where that is not known."""
-        found = bound_lags(proof, unit, x)
-        return (
-            found if found is not None and found <= LONGEST_WINDOW and 4 * found <= proof.capacity else None
-        )
 
     def _recognise_operator(self, analysis: Consistency, unit: Unit) -> Fold | Registered | None:
         found = recognise_fold(analysis, unit) or recognise_registered(analysis, unit)
@@ -344,12 +356,9 @@ class Engine:
         if capacity <= self._reached or self._reach is not None:
             return capacity if self._reach is None else min(capacity, self._reach)
         if not self.program.has_tables_for(capacity):
-            low, high = self.program.lengths.minimum, capacity
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if self.program.has_tables_for(middle) else (low, middle)
-            if self.program.has_tables_for(low):  # else it is not the tables' length that is at fault
-                self._reach = capacity = low
+            end = furthest(self.program.has_tables_for, self.program.lengths.minimum, capacity)
+            if end is not None:  # else it is not the tables' length that is at fault
+                self._reach = capacity = end
         self._reached = capacity
         return capacity
 
@@ -379,15 +388,6 @@ class Engine:
         limits = [n for n in (wanted or self.options.capacity, most) if n is not None]
         return min(limits)
 
-    def _check_limit(self) -> None:
-        """A model that can be decoded, but not as far as was asked for."""
-        wanted = self.options.max_length
-        most = min((n for n in (self.program.lengths.maximum, self._reach) if n is not None), default=None)
-        if wanted is not None and most is not None and wanted > most:
-            raise CapacityError(
-                f"max_length={wanted} exceeds {most}, the longest sequence the model's tables and guards admit"
-            )
-
     def capacity_for(self, needed: int, *, grow: bool = False) -> int:
         """The capacity, doubled from the first one, that holds ``needed`` positions.
 
@@ -398,7 +398,7 @@ class Engine:
             if grow or needed > self.most + 1:
                 hint = "; give max_length to trace the model for longer ones"
                 if self.options.max_length or self._reach is not None:
-                    hint = "" if self.most != self._reach else ": the model's tables end there"
+                    hint = "" if self.most != self._reach else f": {self._end}"
                 raise CapacityError(f"{needed} positions exceed {self.most}, the most there may be{hint}")
             needed = self.most
         if grow and needed > capacity and not self.options.growth:

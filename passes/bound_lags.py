@@ -18,8 +18,10 @@ from fi_compile.rules import Call
 from fi_compile.units import Unit
 
 
-def bound_lags(proof: Proof, unit: Unit, x: fx.Node) -> int | None:
+def bound_lags(proof: Proof, unit: Unit, x: fx.Node, most: int | None = None) -> int | None:
     """A number of lags from which on the filter of ``unit``, a convolution of ``x``, is zero; None where none is known.
+
+    With ``most``: None also where they are more than that, or more than a quarter of the capacity.
 
     Requires ``proof.shift_invariant(unit.exit, {x})``. The rules are asked once more, of a sequence that is zero but
     at position 0: where its response may differ from zero bounds the filter, at every length up to ``proof.capacity``.
@@ -34,7 +36,8 @@ def bound_lags(proof: Proof, unit: Unit, x: fx.Node) -> int | None:
     if not isinstance(response, Fact) or not response.proved(proof.length):
         return None
     (axis,) = [a for a in response.axes if not a.fixed]
-    return int(np.max(axis.hi)) + 1
+    found = int(np.max(axis.hi)) + 1
+    return found if most is None or found <= min(most, proof.capacity // 4) else None
 
 
 class _Impulse(Walker):

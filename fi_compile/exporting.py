@@ -1,0 +1,147 @@
+"""exporting: a module through ``torch.export``, as a functional graph of operators that rules know.
+
+What would stop the export, or pin a length, is stood in for meanwhile: helpers that compute on a length in Python, and
+flags among the buffers that a forward branches on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+
+from .program import is_integer, operator_name
+from .rules import RULES
+from .weights import is_flag
+
+
+def export_module(
+    model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_length: bool
+) -> ExportedProgram:
+    """Export; where that fails, with the flags among the model's buffers as the numbers they are now.
+
+    Call it under :func:`attributes_kept`.
+    """
+    dims = {d: Dim.DYNAMIC for d, dynamic in ((0, dynamic_batch), (1, dynamic_length)) if dynamic}
+    try:
+        return _exported(model, example, dims)
+    except Exception as error:
+        if not _freeze_flags(model):
+            raise
+        try:
+            return _exported(model, example, dims)
+        except Exception:
+            raise error from None  # which is about the model as it is
+
+
+class _Flag(int):
+    """What a flag says, for a forward that asks it by ``item()``, by its one index or as a condition."""
+
+    def item(self) -> int:
+        return int(self)
+
+    def __getitem__(self, index: object) -> _Flag:
+        return self
+
+
+def _freeze_flags(model: nn.Module) -> bool:
+    """Put numbers in the place of flags: no tracer follows a branch on a tensor. Whether there were any."""
+    found = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if is_flag(b)]
+    for module, name, flag in found:
+        del module._buffers[name]
+        vars(module)[name] = _Flag(flag.item())
+    return bool(found)
+
+
+def _exported(model: nn.Module, example: Tensor, dims: Mapping[int, Any]) -> ExportedProgram:
+    with torch.no_grad(), _traceable_helpers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = export(model, (example,), dynamic_shapes=(dims,), strict=False)
+        table = _decompositions()
+        return exported if _is_plain(exported.graph, table) else exported.run_decompositions(table)
+
+
+def _is_plain(graph: fx.Graph, table: Mapping[Any, Any]) -> bool:
+    """Whether a graph writes to nothing and every operator is one that rules know: decomposing would change little."""
+    for node in graph.nodes:
+        if node.op != "call_function" or is_integer(node) or node.target is operator.getitem:
+            continue
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return False
+        known = operator_name(node.target) in RULES and node.target not in table
+        schema = node.target._schema
+        if schema.is_mutable or (schema.returns and not known):  # what returns nothing is an assertion
+            return False
+    return True
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Operators whose meaning on one row needs the row's position, spelled out with aranges; selections as such."""
+
+    def offsets(x: Tensor) -> Tensor:
+        rows = torch.arange(x.shape[-2], device=x.device)
+        return torch.arange(x.shape[-1], device=x.device) - rows.unsqueeze(-1)
+
+    def tril(x: Tensor, diagonal: int = 0) -> Tensor:
+        return torch.where(offsets(x) <= diagonal, x, x.new_zeros(()))
+
+    def triu(x: Tensor, diagonal: int = 0) -> Tensor:
+        return torch.where(offsets(x) >= diagonal, x, x.new_zeros(()))
+
+    def index_put(x: Tensor, indices: Sequence[Any], values: Tensor, accumulate: bool = False) -> Any:
+        mask = indices[0]
+        if accumulate or len(indices) != 1 or mask is None or mask.dtype != torch.bool or values.numel() != 1:
+            return NotImplemented
+        return torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), values.reshape(()), x)
+
+    aten = torch.ops.aten
+    return {aten.tril.default: tril, aten.triu.default: triu, aten.index_put.default: index_put}
+
+
+@contextlib.contextmanager
+def _traceable_helpers() -> Iterator[None]:
+    """Stand-ins for library helpers that compute on a length in Python and would pin it.
+
+    Wherever a loaded module refers to such a helper: models import it by name.
+    """
+    helpers = {}
+    for library, name, stand_in in _STAND_INS:
+        helper = getattr(sys.modules.get(library), name, None)
+        if helper is not None:
+            helpers[id(helper)] = stand_in
+    refs = sys.modules.get("torch._refs.fft")
+    replaced = [(refs, "math", math, _SYMBOLIC_MATH)] if refs is not None else []  # norm="ortho"
+    for module in list(sys.modules.values()) if helpers else ():
+        attributes = list(vars(module).items()) if isinstance(module, types.ModuleType) else []
+        replaced += [(module, k, v, helpers[id(v)]) for k, v in attributes if id(v) in helpers]
+    try:
+        for module, name, _, stand_in in replaced:
+            setattr(module, name, stand_in)
+        yield
+    finally:
+        for module, name, helper, _ in replaced:
+            setattr(module, name, helper)
+
+
+def _symbolic_math() -> types.SimpleNamespace:
+    """``math`` with a square root that keeps a symbolic length symbolic."""
+    functions = {name: value for name, value in vars(math).items() if not name.startswith("__")}
+    functions["sqrt"] = lambda n: torch.sym_sqrt(n) if isinstance(n, torch.SymInt) else math.sqrt(n)
+    return types.SimpleNamespace(**functions)
+
+
+_SYMBOLIC_MATH = _symbolic_math()
+_STAND_INS: tuple[tuple[str, str, Any], ...] = (
+    ("opt_einsum", "contract", torch.einsum),
+    ("scipy.fft", "next_fast_len", lambda target, real=False: target),
+    ("scipy.fftpack", "next_fast_len", lambda target: target),
+)
