@@ -87,7 +87,7 @@ class Decoder:
 
     def __init__(self, engine: Engine, model: nn.Module | None, batch: int) -> None:
         self.engine, self.model = engine, model
-        self._watch = WeightWatch(engine.program, model)
+        self._watch = WeightWatch(engine.program, model, native=engine.is_native)
         self._lanes: list[tuple[Lane, list[int]]] = []
         self._batch = batch
         self.reset()
@@ -202,18 +202,42 @@ class Decoder:
 
     def step(self, token: Tensor) -> Any:
         """Append one position, ids [B] or features [B, D]; return the outputs there."""
+        if self._placed(token):
+            self._check_running()
+            flat = self._step_placed()
+            return flat[0] if self.engine.bare_output else self._assemble([flat])
         self._check_token(token)
         self._check_running()
         row = token.unsqueeze(1)
         self._ready(row)
-        if len(self._lanes) == 1:
-            lane = self._lanes[0][0]
-            return self._assemble([self._newest(lane.step(row, self.engine.step(lane)))])
         parts = []
         for lane, rows in self._lanes:
             part = row if len(rows) == self._batch else row[rows]
-            parts.append(self._newest(lane.step(part, self.engine.step(lane))))
+            parts.append(lane.step(part, self.engine.step(lane)))
         return self._assemble(parts)
+
+    def _placed(self, token: Any) -> bool:
+        """Whether a token passed all checks and is where a step reads it; nearly always, where it can be at all.
+
+        One lane, our own, with room, and a token [B, …] that needs no conversion: all others take the longer way.
+        """
+        extension = self.engine.extension
+        if extension is None or len(self._lanes) != 1:
+            return False
+        lane, end = self._lanes[0][0], self._lanes[0][0].position + 1
+        if lane.owners != 1 or not self.engine.program.lengths.fewest <= end <= lane.derived.capacity:
+            return False
+        ids = -1 if self._vocabulary is None else self._vocabulary
+        return extension.place(token, lane.tensors["row"], self._sequence, lane.position, ids)
+
+    def _step_placed(self) -> Sequence[Any]:
+        self._check_unbroken()
+        lane = self._lanes[0][0]
+        run = self.engine.step(lane)
+        if not torch.is_grad_enabled():
+            return lane.step_placed(run)
+        with torch.no_grad():
+            return lane.step_placed(run)
 
     def extend(self, tokens: Tensor) -> Any:
         """Append m positions, ids [B, m] or features [B, m, D]; return the outputs at them, [B, m, …]."""
@@ -225,6 +249,8 @@ class Decoder:
         self._check_sequence(tokens, "tokens")
         self._check_batch(tokens)
         self._ready(tokens)
+        if tokens.shape[1] == 1 and self._placed(tokens[:, 0]):
+            return self._assemble([self._stacked([self._step_placed()])])
         whole = len(self._lanes) == 1  # indexing by rows copies
         return self._assemble(
             [self._extend_lane(lane, rows, tokens if whole else tokens[rows]) for lane, rows in self._lanes]
@@ -319,7 +345,7 @@ class Decoder:
         if whole:
             newest = self._newest_of(self._fill(lane, sequence[:, :whole]), whole)
         for t in range(whole, length):
-            newest = self._newest(lane.step(sequence[:, t : t + 1], self.engine.step(lane)))
+            newest = list(lane.step(sequence[:, t : t + 1], self.engine.step(lane)))
         return newest
 
     def _fill(self, lane: Lane, sequence: Tensor) -> list[Any]:
@@ -397,7 +423,7 @@ class Decoder:
     def _renew_weights(self) -> None:
         if self.model is not None and self._watch.restructured():
             engine = build_engine(self.model, self.engine.program.example, self.engine.options)
-            self.engine, self._watch = engine, WeightWatch(engine.program, self.model)
+            self.engine, self._watch = engine, WeightWatch(engine.program, self.model, native=engine.is_native)
             self._start(self._batch)
             return
         changed = self._watch.changed()
@@ -422,11 +448,6 @@ class Decoder:
         axes = self.engine.plan.axes.get(node, ()) if isinstance(node, fx.Node) else ()
         return axes[0] if axes else None
 
-    def _newest(self, flat: Sequence[Any]) -> list[Any]:
-        """A step's outputs without their sequence axis."""
-        axes = self.engine.output_axes
-        return [v if axis is None else v.squeeze(axis) for axis, v in zip(axes, flat, strict=True)]
-
     def _newest_of(self, flat: Sequence[Any], length: int) -> list[Any]:
         return [
             _fresh(value if (axis := self._axis(node)) is None else value.select(axis, length - 1))
@@ -444,7 +465,10 @@ class Decoder:
         for place, node in enumerate(self.engine.program.outputs):
             axis = self._axis(node)
             values = [step[place] for step in steps]
-            joined.append(values[-1] if axis is None else torch.cat(values, axis))
+            if axis is None:
+                joined.append(values[-1])
+            else:
+                joined.append(values[0].unsqueeze(axis) if len(values) == 1 else torch.stack(values, axis))
         return joined
 
     def _assemble(self, parts: Sequence[Sequence[Any]]) -> Any:

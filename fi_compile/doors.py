@@ -79,7 +79,7 @@ class Door:
                     )
                 self.engine: Engine = build_engine(self.module, example, options)
                 self.report: Report = self.engine.report
-                self._watch = WeightWatch(self.engine.program, self.module)
+                self._watch = WeightWatch(self.engine.program, self.module, native=self.engine.is_native)
                 self._read_outputs()
         except Exception as error:
             self.refuse(error)

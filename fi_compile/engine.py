@@ -19,6 +19,7 @@ from .costs import Tiling
 from .derive import Derived, derive, tile_step
 from .describe import describe
 from .errors import CapacityError, InputError, Refusal, Unsupported
+from .extension import between
 from .falsify import check_finite, check_step, rows_apart
 from .lane import Lane
 from .lower import CompiledStep
@@ -353,11 +354,20 @@ class Engine:
         """Whether each row of every output depends on the same row of the sequence only."""
         return self.proof.rows_independent and rows_apart(self.analysis, self.plan)
 
+    @property
+    def is_native(self) -> bool:
+        """Whether what is compiled, and the extension, may be used."""
+        return self.options.step != "eager"
+
+    @property
+    def extension(self) -> Any | None:
+        """What does the work around a step without Python; None where that is not wanted, or cannot be built."""
+        return between() if self.is_native else None
+
     @cached_property
-    def output_axes(self) -> tuple[int | None, ...]:
-        """The sequence axis of each output, None where it has none."""
-        found = (self.plan.axes.get(o, ()) if isinstance(o, fx.Node) else () for o in self.program.outputs)
-        return tuple(axes[0] if axes else None for axes in found)
+    def bare_output(self) -> bool:
+        """Whether the model returns one tensor, in no structure."""
+        return self.program.out_spec.is_leaf()
 
     def runs_at(self, length: int) -> bool:
         """Whether the graph itself may run at this length."""
@@ -529,7 +539,7 @@ class Engine:
     # -- running -------------------------------------------------------------------------------------------
 
     def step(self, lane: Lane) -> Callable[[], Sequence[Any]]:
-        """The compiled step on a lane's tensors; lanes of equal shapes and strides share the compilation."""
+        """The compiled step on a lane's tensors, its outputs without their sequence axis; lanes of equal shapes and strides share the compilation."""
         if lane.run is None or lane.position >= lane.reach:
             lane.reach = self._rows_read(lane)
             key = (lane.signature, lane.reach)
@@ -586,5 +596,5 @@ class Engine:
         for place, node in enumerate(self.program.outputs):
             axes = self.plan.axes.get(node, ())
             values = [step[place] for step in steps]
-            flat.append(torch.cat(values, axes[0]) if axes else values[-1])
+            flat.append(torch.stack(values, axes[0]) if axes else values[-1])
         return pytree.tree_unflatten(flat, self.program.out_spec)

@@ -110,10 +110,14 @@ class Lane:
 
     def step(self, row: Tensor, run: Callable[[], Sequence[Any]]) -> Sequence[Any]:
         """One new position from ``row`` [B, 1, …]; ``run`` computes the outputs' rows from the tensors."""
-        self.broken = True
         with torch.no_grad():
             self.tensors["row"].copy_(row)
-            outputs = run()
+            return self.step_placed(run)
+
+    def step_placed(self, run: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+        """The same where the row is in its place already, and no gradients are taken of what ``run`` does."""
+        self.broken = True
+        outputs = run()
         self.position += 1
         self.highest = max(self.highest, self.position)
         start = self.block_start

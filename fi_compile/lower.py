@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .chain import bind_linked
 from .errors import FlashinfWarning
 from .layers import Layers, Run, is_write, returns_written, split_layers, whole
-from .native import INDUCTOR, compile_native
+from .native import INDUCTOR, Native, compile_native
 from .step import StepProgram
+
+log = logging.getLogger(__name__)
 
 # Above this many rows a product with a weight is a matrix product; below, reading the weight is all it costs.
 _MOST_ROWS_BY_SUM = 2
@@ -54,11 +58,13 @@ class CompiledStep:
         # On a GPU launches are what counts, and one graph has the fewest.
         self.layers: Layers = split_layers(graph) if how != "eager" and device == "cpu" else whole(graph)
         self.runs: list[Run] = [_uncompiled(part) for part in self.layers.parts]
+        self.linked = False
         if how != "eager":
             if len(self.layers.parts) > 1 and not self._cut_truly(example):
                 self.layers = whole(graph)
                 self.runs = [_uncompiled(part) for part in self.layers.parts]
             self._compile(example, how)
+            self.linked = self._linked_truly(example)
         self.milliseconds = 1e3 * (time.perf_counter() - start)
 
     def _trace(self, step: StepProgram, example: list[Tensor]) -> fx.GraphModule:
@@ -67,7 +73,11 @@ class CompiledStep:
             self.places.clear()
             self.constant = [None if isinstance(o, Tensor) else o for o in outputs]
             self.places.extend(i for i, o in enumerate(outputs) if isinstance(o, Tensor))
-            return [o.clone() for o in outputs if isinstance(o, Tensor)]  # never a view of the state
+            rows = zip(outputs, axes, strict=True)
+            # never a view of the state
+            return [(o if a is None else o.squeeze(a)).clone() for o, a in rows if isinstance(o, Tensor)]
+
+        axes = step.output_axes
 
         with torch.no_grad():
             module = make_fx(
@@ -117,6 +127,35 @@ class CompiledStep:
             pairs += [(ours[place], theirs[place]) for place in _written(self.graph_module)]
             return all(_agree(a, b) for a, b in pairs)
 
+    def _linked_truly(self, example: list[Tensor]) -> bool:
+        """Whether the native parts as one call compute and write what the whole graph does, over some steps."""
+        if not any(isinstance(run, Native) for run in self.runs):
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            ours, theirs = self._trial(example), self._trial(example)
+            try:
+                run = bind_linked(self.layers, self.runs, ours)
+                for position in self._positions():
+                    for state in (ours, theirs):
+                        self._go_to(state, position)
+                    pairs = [*zip(run(), self.graph_module(*theirs), strict=True)]
+                    pairs += [(theirs[place], ours[place]) for place in _written(self.graph_module)]
+                    if not all(_agree(a, b) for a, b in pairs):
+                        raise RuntimeError("it disagrees with the step's graph")
+            except RuntimeError as error:
+                log.warning("the parts of the step are called one by one: %s", error)
+                return False
+        return True
+
+    def _positions(self) -> list[int]:
+        """Where steps are tried."""
+        return sorted({min(position, self.most - 1) for position in (0, 1, 2, self.most - 1)})
+
+    def _go_to(self, state: list[Tensor], position: int) -> None:
+        named = dict(zip(self.names, state, strict=True))
+        named["position"].fill_(position)
+        named["local"].fill_(position % self.block)
+
     def _inputs_of_parts(self, example: list[Tensor]) -> list[list[Tensor]]:
         """What each part is called with the first time, in memory of its own where it is written to."""
         found: dict[int, list[Tensor]] = {}
@@ -156,10 +195,8 @@ class CompiledStep:
 
         state = self._trial(example)
         step = self.layers.bind([comparing(i) for i in range(len(self.runs))], state)
-        named = dict(zip(self.names, state, strict=True))
-        for position in sorted({0, 1, 2, self.most - 1}):
-            named["position"].fill_(min(position, self.most - 1))
-            named["local"].fill_(position % self.block)
+        for position in self._positions():
+            self._go_to(state, position)
             step()
         return wrong
 
@@ -178,8 +215,12 @@ class CompiledStep:
     # -- running -------------------------------------------------------------------------------------------
 
     def on(self, tensors: Mapping[str, Tensor]) -> Callable[[], list[Any]]:
-        """The step on one lane's tensors, which it reads and writes in place."""
-        run = self.layers.bind(self.runs, [tensors[name] for name in self.names])
+        """The step on one lane's tensors, which it reads and writes in place.
+
+        It returns the outputs' newest rows, without their sequence axis.
+        """
+        bind = bind_linked if self.linked else Layers.bind
+        run = bind(self.layers, self.runs, [tensors[name] for name in self.names])
         constant, places = self.constant, tuple(self.places)
         if len(constant) == len(places) == 1:
             return run

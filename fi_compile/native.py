@@ -7,15 +7,13 @@ calls it is C++ alone: a call costs a few microseconds where a compiled function
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import dataclasses
 import hashlib
-import json
-import os
-import platform
-import shutil
-import tempfile
+import logging
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,10 @@ import torch
 from torch import Tensor, fx
 
 from .errors import FlashinfWarning
+from .kept import cache_directory, keep, known, machine
 from .layers import tensor_form
+
+log = logging.getLogger(__name__)
 
 INDUCTOR: dict[str, Any] = {
     "realize_opcount_threshold": 0,  # else a norm is recomputed for every row of the product that follows
@@ -33,7 +34,25 @@ INDUCTOR: dict[str, Any] = {
     "reorder_for_locality": False,  # it moves writes before reads, and what is written is then copied whole
 }
 
-Native = Callable[[list[Any]], Sequence[Tensor]]
+# The library is called with bare pointers, and keeps what is between its operators on the stack: creating and
+# counting tensors took longer than the arithmetic of a layer of 64 channels.
+_BARE: dict[str, Any] = {
+    "aot_inductor.allow_stack_allocation": True,
+    "aot_inductor.use_minimal_arrayref_interface": True,
+}
+_ENTRY = "AOTInductorModelRunMinimalArrayrefInterfaceV2"
+
+
+@dataclass(frozen=True)
+class Native:
+    """A part of the step as a library on disk, called with a list of tensors."""
+
+    library: Path
+    run: Callable[[list[Any]], Sequence[Tensor]]
+    bare: bool  # whether it may be called with pointers
+
+    def __call__(self, args: list[Any]) -> Sequence[Tensor]:
+        return self.run(args)
 
 
 def compile_native(part: fx.GraphModule, example: Sequence[Tensor]) -> Native:
@@ -44,7 +63,7 @@ def compile_native(part: fx.GraphModule, example: Sequence[Tensor]) -> Native:
     """
     place = cache_directory() / "steps" / _key(part)
     try:
-        library = _known(place)
+        library = known(place)
         if library is not None:
             return _load(library)
     except Exception as error:
@@ -53,74 +72,57 @@ def compile_native(part: fx.GraphModule, example: Sequence[Tensor]) -> Native:
             FlashinfWarning,
             stacklevel=2,
         )
-    return _load(_keep(Path(_compile(part, example)), place))
-
-
-def cache_directory() -> Path:
-    """Where compiled steps are kept: ``FLASHINF_CACHE_DIR``, else ``flashinf`` in the user's cache directory."""
-    chosen = os.environ.get("FLASHINF_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "flashinf"
+    return _load(keep(Path(_compile(part, example)), place))
 
 
 def _compile(part: fx.GraphModule, example: Sequence[Tensor]) -> str:
     from torch._inductor import aot_compile, config
 
-    with config.patch(INDUCTOR), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own insides
-        return str(aot_compile(part, tuple(example)))
+        try:
+            with config.patch(INDUCTOR | _BARE), _bare_wrapper():
+                return str(aot_compile(part, tuple(example)))
+        except Exception as error:  # operators of a library of their own take tensors
+            log.info("a part of the step is called with tensors, not pointers: %s", error)
+        with config.patch(INDUCTOR):
+            return str(aot_compile(part, tuple(example)))
+
+
+@contextlib.contextmanager
+def _bare_wrapper() -> Iterator[None]:
+    """What wraps kernels for bare pointers; TorchInductor decides on it once in a process, at its first use."""
+    from torch._inductor.codegen import common
+    from torch._inductor.codegen.cpp_wrapper_cpu_array_ref import CppWrapperCpuArrayRef
+    from torch._inductor.virtualized import V
+
+    class Bare(CppWrapperCpuArrayRef):
+        @staticmethod
+        def create(*_: Any) -> Bare:
+            return Bare()
+
+        def generate_return(self, output_refs: list[str]) -> None:
+            if len(set(output_refs)) < len(output_refs) or V.graph.constants or V.extern_kernel_nodes:
+                raise NotImplementedError("outputs in one memory, constants, or operators called by name")
+            super().generate_return(output_refs)
+
+    common.init_backend_registration()
+    usual = common.device_codegens["cpu"]
+    common.device_codegens["cpu"] = dataclasses.replace(usual, cpp_wrapper_codegen=Bare)
+    try:
+        yield
+    finally:
+        common.device_codegens["cpu"] = usual
 
 
 def _load(library: Path) -> Native:
     loader: Any = torch._C
-    return loader._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run
-
-
-def _known(place: Path) -> Path | None:
-    """The library kept at a place, if there is one; raises where it is not what was written there."""
-    note, library = place.with_suffix(".json"), place.with_suffix(".so")
-    if not note.exists():
-        return None
-    if json.loads(note.read_text())["sha256"] != _digest(library):
-        raise ValueError("its contents changed")
-    return library
-
-
-def _keep(library: Path, place: Path) -> Path:
-    """Keep a library for later processes; a directory that cannot be written is no error."""
-    kept = place.with_suffix(".so")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        note = json.dumps({"sha256": _digest(library), "torch": torch.__version__})
-        with tempfile.TemporaryDirectory(dir=place.parent) as fresh:  # what appears at the place is whole
-            shutil.copyfile(library, Path(fresh, "so"))
-            Path(fresh, "json").write_text(note)
-            with contextlib.suppress(FileNotFoundError):
-                place.with_suffix(".json").unlink()
-            Path(fresh, "so").replace(kept)
-            Path(fresh, "json").replace(place.with_suffix(".json"))
-    except OSError:
-        return library
-    return kept
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    run = loader._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run
+    return Native(library, run, hasattr(ctypes.CDLL(str(library)), _ENTRY))
 
 
 def _key(part: fx.GraphModule) -> str:
     """All that the library depends on: the graph with its shapes and strides, torch, the machine, the options."""
     forms = [(node.name, str(node.target), tensor_form(node)) for node in part.graph.nodes]
-    made_by = torch.__version__, version("flashinf"), sorted(INDUCTOR.items()), torch.get_num_threads()
-    return hashlib.sha256(repr((part.code, forms, made_by, _machine())).encode()).hexdigest()
-
-
-@cache
-def _machine() -> tuple[str, ...]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        flags = platform.processor()
-    return platform.platform(), platform.machine(), torch.backends.cpu.get_cpu_capability(), flags
+    made_by = torch.__version__, version("flashinf"), sorted((INDUCTOR | _BARE).items()), torch.get_num_threads()
+    return hashlib.sha256(repr((part.code, forms, made_by, machine())).encode()).hexdigest()

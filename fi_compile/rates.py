@@ -25,7 +25,7 @@ from .costs import BUILTIN, Rates
 from .errors import FlashinfWarning
 from .kernels.tile import add_tile_direct
 from .mixers.tiles import KeptSpectra, TileWork, TorchTiles
-from .native import cache_directory
+from .kept import cache_directory
 from .schedule import Tile
 
 VERSION = 1

@@ -96,6 +96,12 @@ class StepProgram:
         """Sequence axes of the nodes a step touches."""
         return self.plan.axes
 
+    @cached_property
+    def output_axes(self) -> tuple[int | None, ...]:
+        """The sequence axis of each output, None where it has none."""
+        found = (self.axes.get(o, ()) if isinstance(o, fx.Node) else () for o in self.plan.outputs)
+        return tuple(axes[0] if axes else None for axes in found)
+
     def __call__(self, t: Tensors, rewrite: Rewrite | None = None) -> list[Any]:
         """Compute the outputs' newest rows; write rings, histories, the block's inputs; advance position."""
         run = _Run(self, t, rewrite)

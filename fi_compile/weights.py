@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .extension import between
 from .program import Kind, Program
 
 _VERSION = attrgetter("_version")
@@ -27,11 +28,11 @@ class WeightWatch:
     """Strong references to every tensor a program read from its model, with their versions.
 
     ``unchanged()`` is cheap enough for every step. Writes that bump no version (``.data``, NumPy, fused optimisers)
-    are seen only by ``changed()``.
+    are seen only by ``changed()``. ``native``: whether the extension may look, where there is one.
     """
 
-    def __init__(self, program: Program, model: nn.Module | None) -> None:
-        self.program, self.model = program, model
+    def __init__(self, program: Program, model: nn.Module | None, *, native: bool = False) -> None:
+        self.program, self.model, self._native = program, model, native
         self.remember()
 
     def remember(self) -> None:
@@ -42,16 +43,19 @@ class WeightWatch:
         self._sums = [checksum(tensor) for _, _, tensor, _ in self._known]
         aliases = [] if self.model is None else list(_other_names(self.model, self.watched))
         held = [*modules, *aliases, *((owner, key, tensor) for owner, key, tensor, _ in self._known)]
-        self._places = [owner for owner, _, _ in held], [key for _, key, _ in held]
-        self._objects = [value for _, _, value in held]
-        self._versioned = [tensor for _, _, tensor, version in self._known if version is not None]
-        self._versions = [tensor._version for tensor in self._versioned]
+        self._places = tuple(owner for owner, _, _ in held), tuple(key for _, key, _ in held)
+        self._objects = tuple(value for _, _, value in held)
+        self._versioned = tuple(tensor for _, _, tensor, version in self._known if version is not None)
+        self._versions = tuple(tensor._version for tensor in self._versioned)
         self._structure = self._shape_of_model()
 
     def unchanged(self) -> bool:
         """Whether every watched tensor, and every module on the way to one, is the same object and version."""
+        extension = between() if self._native else None
+        if extension is not None:
+            return extension.unchanged(*self._places, self._objects, self._versioned, self._versions)
         return all(map(is_, map(dict.get, *self._places), self._objects)) and (
-            list(map(_VERSION, self._versioned)) == self._versions
+            tuple(map(_VERSION, self._versioned)) == self._versions
         )
 
     def changed(self) -> list[str]:

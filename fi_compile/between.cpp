@@ -1,0 +1,437 @@
+// What a step does between its compiled parts, without Python; see extension.py, which builds this, and its
+// callers, which do the same in Python where it cannot be built.
+
+#include <Python.h>
+#include <dlfcn.h>
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/TensorBase.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/Export.h>
+#include <torch/csrc/inductor/aoti_runtime/interface.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+// torch/csrc/autograd/python_variable.h, which takes fifteen seconds to compile; `works` in extension.py checks it.
+struct THPVariable {
+  PyObject_HEAD
+  at::TensorBase cdata;
+};
+TORCH_PYTHON_API extern PyObject* THPVariableClass;
+TORCH_PYTHON_API extern PyObject* ParameterClass;
+TORCH_PYTHON_API PyObject* THPVariable_Wrap(const at::TensorBase& var);
+
+namespace {
+
+using Form = AOTInductorArrayRefTensor;
+
+struct PythonError {};  // an exception is set already
+
+// Runs what may throw; an exception of C++ becomes one of Python.
+template <typename F>
+PyObject* guarded(F&& body) noexcept {
+  try {
+    return body();
+  } catch (const PythonError&) {
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  } catch (...) {
+    PyErr_SetString(PyExc_RuntimeError, "unknown error");
+  }
+  return nullptr;
+}
+
+// An ordinary tensor in this machine's memory: no subclass, no wrapper, nothing lazy.
+bool is_plain(PyObject* object) {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (type != THPVariableClass && type != ParameterClass) return false;
+  const auto& tensor = reinterpret_cast<THPVariable*>(object)->cdata;
+  return tensor.defined() && tensor.has_storage() && tensor.device().is_cpu() && !tensor.is_conj() &&
+      !tensor.is_neg();
+}
+
+const at::TensorBase& unpack(PyObject* object) {
+  if (!is_plain(object)) throw std::runtime_error("expected an ordinary tensor on the CPU");
+  return reinterpret_cast<THPVariable*>(object)->cdata;
+}
+
+PyObject* item(PyObject* tuple, Py_ssize_t i) {
+  if (!PyTuple_CheckExact(tuple) || i < 0 || i >= PyTuple_GET_SIZE(tuple)) {
+    throw std::runtime_error("expected a longer tuple");
+  }
+  return PyTuple_GET_ITEM(tuple, i);
+}
+
+int64_t integer(PyObject* object) {
+  const int64_t value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+Form form_of(const at::TensorBase& tensor) {
+  if (tensor.dim() > AOTI_ARRAYREF_TENSOR_MAX_DIMS) throw std::runtime_error("a tensor of too many dimensions");
+  Form form{};
+  form.data = tensor.data_ptr();
+  form.numel = tensor.numel();
+  form.ndim = static_cast<int32_t>(tensor.dim());
+  for (int i = 0; i < form.ndim; ++i) {
+    form.sizes[i] = tensor.size(i);
+    form.strides[i] = tensor.stride(i);
+  }
+  form.dtype = static_cast<int32_t>(tensor.scalar_type());
+  return form;
+}
+
+// Whether two forms lie in memory alike; strides of single entries mean nothing.
+bool alike(const Form& a, const Form& b) {
+  bool same = a.ndim == b.ndim && a.dtype == b.dtype;
+  for (int i = 0; same && i < a.ndim; ++i) {
+    same = a.sizes[i] == b.sizes[i] && (a.sizes[i] == 1 || a.strides[i] == b.strides[i]);
+  }
+  return same || (a.numel == 0 && b.numel == 0);
+}
+
+// -- Chain -----------------------------------------------------------------------------------------------------
+
+template <typename T>
+T symbol(void* library, const char* name) {
+  void* found = dlsym(library, name);
+  if (!found) throw std::runtime_error(std::string("the library lacks ") + name);
+  return reinterpret_cast<T>(found);
+}
+
+// A compiled part; its library stays loaded.
+struct Part {
+  AOTInductorModelHandle model = nullptr;
+  decltype(&AOTInductorModelRunMinimalArrayrefInterfaceV2) run;
+  decltype(&AOTInductorModelDelete) remove;
+  decltype(&AOTInductorGetLastError) last_error;
+
+  explicit Part(const char* path) {
+    void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!library) throw std::runtime_error(dlerror());
+    run = symbol<decltype(run)>(library, "AOTInductorModelRunMinimalArrayrefInterfaceV2");
+    remove = symbol<decltype(remove)>(library, "AOTInductorModelDelete");
+    last_error = symbol<decltype(last_error)>(library, "AOTInductorGetLastError");
+    auto create = symbol<decltype(&AOTInductorModelCreateV2)>(library, "AOTInductorModelCreateV2");
+    check(create(&model, nullptr, 0));
+  }
+  Part(const Part&) = delete;
+  Part& operator=(const Part&) = delete;
+  ~Part() {
+    if (model) remove(model);
+  }
+  void check(AOTIRuntimeError code) const {
+    const char* message = "";
+    if (code != 0) {
+      last_error(&message);
+      throw std::runtime_error(std::string("a compiled part of the step failed: ") + message);
+    }
+  }
+};
+
+struct Call {
+  std::shared_ptr<Part> part;
+  std::vector<size_t> inputs, outputs;  // numbers of values
+  std::vector<Form> given, made;
+};
+
+struct Plan {
+  size_t known = 0;  // the first values are tensors that exist, the others are made by calls
+  std::vector<Form> values;
+  std::vector<c10::Storage> storages;    // what inputs lie in, so that no other memory gets their addresses
+  std::vector<at::TensorBase> buffers;   // of made values that stay inside
+  std::vector<size_t> fed, outputs;
+  std::vector<Call> calls;
+};
+
+struct Chain {
+  PyObject_HEAD
+  PyObject* tensors;  // tuple: an example of each value; of the inputs, themselves
+  Plan* plan;
+};
+
+std::vector<size_t> numbers(PyObject* tuple, size_t end) {
+  std::vector<size_t> found;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i) {
+    const int64_t value = integer(item(tuple, i));
+    if (value < 0 || static_cast<size_t>(value) >= end) throw std::runtime_error("no such value");
+    found.push_back(static_cast<size_t>(value));
+  }
+  if (PyErr_Occurred()) throw PythonError();
+  return found;
+}
+
+std::unique_ptr<Plan> planned(PyObject* tensors, size_t known, PyObject* fed, PyObject* calls, PyObject* outputs) {
+  auto plan = std::make_unique<Plan>();
+  const auto count = static_cast<size_t>(PyTuple_Size(tensors));
+  if (PyErr_Occurred() || known > count) throw std::runtime_error("expected a tuple of tensors");
+  plan->known = known;
+  for (size_t i = 0; i < count; ++i) {
+    const auto& tensor = unpack(item(tensors, static_cast<Py_ssize_t>(i)));
+    plan->values.push_back(form_of(tensor));
+    if (i < known) {
+      plan->storages.push_back(tensor.storage());
+    } else if (!tensor.is_non_overlapping_and_dense()) {
+      throw std::runtime_error("a value with gaps in memory");
+    } else {
+      plan->buffers.push_back(tensor);
+    }
+  }
+  plan->fed = numbers(fed, known);
+  plan->outputs = numbers(outputs, count);
+  for (size_t out : plan->outputs) {
+    if (out < known) throw std::runtime_error("an output that is an input");
+  }
+  std::vector<std::pair<std::string, std::shared_ptr<Part>>> parts;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(calls); ++i) {
+    PyObject* entry = item(calls, i);
+    const char* path = PyUnicode_AsUTF8(item(entry, 0));
+    if (!path) throw PythonError();
+    Call call;
+    for (auto& [name, part] : parts) {
+      if (name == path) call.part = part;
+    }
+    if (!call.part) parts.emplace_back(path, call.part = std::make_shared<Part>(path));
+    call.inputs = numbers(item(entry, 1), count);
+    call.outputs = numbers(item(entry, 2), count);
+    for (size_t in : call.inputs) call.given.push_back(plan->values[in]);
+    call.made.resize(call.outputs.size());
+    plan->calls.push_back(std::move(call));
+  }
+  if (PyErr_Occurred()) throw PythonError();
+  return plan;
+}
+
+// Takes notice of where a tensor lies now: `.data` may have been exchanged.
+void locate(Plan& plan, size_t value, const at::TensorBase& tensor) {
+  const Form found = form_of(tensor);
+  if (!alike(found, plan.values[value])) {
+    throw std::runtime_error("a tensor that the step reads has another shape or dtype than it was compiled for");
+  }
+  plan.values[value].data = found.data;
+  plan.storages[value] = tensor.storage();
+}
+
+void run_calls(Plan& plan) {
+  c10::AutoGradMode without_gradients(false);
+  for (auto& call : plan.calls) {
+    for (size_t i = 0; i < call.inputs.size(); ++i) call.given[i].data = plan.values[call.inputs[i]].data;
+    call.part->check(call.part->run(
+        call.part->model, static_cast<int32_t>(call.given.size()), call.given.data(),
+        static_cast<int32_t>(call.made.size()), call.made.data()));
+    for (size_t i = 0; i < call.outputs.size(); ++i) {
+      // What a call made is the library's until its next call.
+      const Form& wanted = plan.values[call.outputs[i]];
+      if (!alike(call.made[i], wanted)) throw std::runtime_error("a part made a value of another form");
+      const auto size = c10::elementSize(static_cast<at::ScalarType>(wanted.dtype));
+      std::memcpy(wanted.data, call.made[i].data, size * static_cast<size_t>(wanted.numel));
+    }
+  }
+}
+
+PyObject* chain_new(PyTypeObject* type, PyObject* args, PyObject*) {
+  return guarded([&]() -> PyObject* {
+    PyObject *tensors, *fed, *calls, *outputs;
+    Py_ssize_t known;
+    if (!PyArg_ParseTuple(
+            args, "O!nO!O!O!", &PyTuple_Type, &tensors, &known, &PyTuple_Type, &fed, &PyTuple_Type, &calls,
+            &PyTuple_Type, &outputs)) {
+      return nullptr;
+    }
+    auto plan = planned(tensors, static_cast<size_t>(known), fed, calls, outputs);
+    auto* self = reinterpret_cast<Chain*>(type->tp_alloc(type, 0));
+    if (self) {
+      self->tensors = Py_NewRef(tensors);
+      self->plan = plan.release();
+    }
+    return reinterpret_cast<PyObject*>(self);
+  });
+}
+
+PyObject* chain_call(PyObject* object, PyObject* args, PyObject* kwargs) {
+  return guarded([&]() -> PyObject* {
+    auto* self = reinterpret_cast<Chain*>(object);
+    Plan& plan = *self->plan;
+    if (static_cast<size_t>(PyTuple_GET_SIZE(args)) != plan.fed.size() || (kwargs && PyDict_Size(kwargs))) {
+      throw std::runtime_error("a chain is called with as many tensors as it is fed");
+    }
+    for (size_t i = 0; i < plan.known; ++i) {
+      const auto& tensor = unpack(PyTuple_GET_ITEM(self->tensors, static_cast<Py_ssize_t>(i)));
+      if (tensor.data_ptr() != plan.values[i].data) locate(plan, i, tensor);
+    }
+    for (size_t i = 0; i < plan.fed.size(); ++i) {
+      locate(plan, plan.fed[i], unpack(PyTuple_GET_ITEM(args, static_cast<Py_ssize_t>(i))));
+    }
+    std::vector<at::TensorBase> outputs;
+    for (size_t value : plan.outputs) {
+      const auto before = std::find(plan.outputs.begin(), plan.outputs.end(), value) - plan.outputs.begin();
+      if (static_cast<size_t>(before) < outputs.size()) {
+        outputs.push_back(outputs[static_cast<size_t>(before)]);
+        continue;
+      }
+      const Form& form = plan.values[value];
+      const auto dims = static_cast<size_t>(form.ndim);
+      outputs.push_back(at::detail::empty_strided_cpu(
+          {form.sizes, dims}, {form.strides, dims}, static_cast<at::ScalarType>(form.dtype)));
+      plan.values[value].data = outputs.back().data_ptr();
+    }
+    PyThreadState* thread = PyEval_SaveThread();
+    try {
+      run_calls(plan);
+    } catch (...) {
+      PyEval_RestoreThread(thread);
+      throw;
+    }
+    PyEval_RestoreThread(thread);
+    PyObject* list = PyList_New(static_cast<Py_ssize_t>(outputs.size()));
+    if (!list) throw PythonError();
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      PyObject* tensor = THPVariable_Wrap(outputs[i]);
+      if (!tensor) {
+        Py_DECREF(list);
+        throw PythonError();
+      }
+      PyList_SET_ITEM(list, static_cast<Py_ssize_t>(i), tensor);
+    }
+    return list;
+  });
+}
+
+int chain_traverse(PyObject* object, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(object));
+  Py_VISIT(reinterpret_cast<Chain*>(object)->tensors);
+  return 0;
+}
+
+void chain_dealloc(PyObject* object) {
+  auto* self = reinterpret_cast<Chain*>(object);
+  PyTypeObject* type = Py_TYPE(object);
+  PyObject_GC_UnTrack(object);
+  Py_CLEAR(self->tensors);
+  delete self->plan;
+  type->tp_free(object);
+  Py_DECREF(type);
+}
+
+PyType_Slot chain_slots[] = {
+    {Py_tp_doc, const_cast<char*>("Chain(tensors, known, fed, calls, outputs): compiled parts, one after another.")},
+    {Py_tp_new, reinterpret_cast<void*>(chain_new)},
+    {Py_tp_call, reinterpret_cast<void*>(chain_call)},
+    {Py_tp_traverse, reinterpret_cast<void*>(chain_traverse)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(chain_dealloc)},
+    {0, nullptr},
+};
+
+PyType_Spec chain_spec = {
+    "between.Chain", sizeof(Chain), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, chain_slots};
+
+// -- functions -------------------------------------------------------------------------------------------------
+
+// unchanged(owners, keys, objects, tensors, versions)
+PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    if (count != 5) throw std::runtime_error("unchanged takes five tuples");
+    const Py_ssize_t objects = PyTuple_Size(args[0]);
+    for (Py_ssize_t i = 0; i < objects; ++i) {
+      PyObject* found = PyDict_GetItemWithError(PyTuple_GET_ITEM(args[0], i), item(args[1], i));
+      if (!found && PyErr_Occurred()) throw PythonError();
+      if (found != item(args[2], i)) Py_RETURN_FALSE;
+    }
+    const Py_ssize_t tensors = PyTuple_Size(args[3]);
+    if (PyErr_Occurred()) throw PythonError();
+    for (Py_ssize_t i = 0; i < tensors; ++i) {
+      PyObject* tensor = PyTuple_GET_ITEM(args[3], i);
+      const auto type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+      if (type == THPVariableClass || type == ParameterClass) {
+        const auto& data = reinterpret_cast<THPVariable*>(tensor)->cdata;
+        const auto version = data.unsafeGetTensorImpl()->version_counter().current_version();
+        if (static_cast<int64_t>(version) != integer(item(args[4], i))) Py_RETURN_FALSE;
+        continue;
+      }
+      PyObject* version = PyObject_GetAttrString(tensor, "_version");
+      if (!version) throw PythonError();
+      const int same = PyObject_RichCompareBool(version, item(args[4], i), Py_EQ);
+      Py_DECREF(version);
+      if (same < 0) throw PythonError();
+      if (!same) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
+  });
+}
+
+// place(token, row, sequence, position, ids)
+PyObject* place(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    if (count != 5) throw std::runtime_error("place takes five arguments");
+    if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain(args[2])) Py_RETURN_FALSE;
+    const auto& token = unpack(args[0]);
+    const auto& row = unpack(args[1]);
+    const auto& sequence = unpack(args[2]);
+    const int64_t position = integer(args[3]), ids = integer(args[4]);
+    const auto dims = row.dim();
+    if (token.dim() != dims - 1 || sequence.dim() != dims || dims < 2 || token.scalar_type() != row.scalar_type() ||
+        token.scalar_type() != sequence.scalar_type() || !token.is_contiguous() || !row.is_contiguous() ||
+        !sequence.is_contiguous() || row.size(1) != 1 || position < 0 || position >= sequence.size(1)) {
+      Py_RETURN_FALSE;
+    }
+    for (int64_t i = 0; i < dims - 1; ++i) {
+      const int64_t size = token.size(i), in_row = i ? i + 1 : 0;
+      if (size != row.size(in_row) || size != sequence.size(in_row)) Py_RETURN_FALSE;
+    }
+    const int64_t batch = token.size(0);
+    if (ids > 0) {
+      if (token.scalar_type() != at::kLong) Py_RETURN_FALSE;
+      const auto* values = static_cast<const int64_t*>(token.const_data_ptr());
+      for (int64_t b = 0; b < token.numel(); ++b) {
+        if (values[b] < 0 || values[b] >= ids) Py_RETURN_FALSE;
+      }
+    }
+    if (token.numel() == 0) Py_RETURN_FALSE;
+    const size_t bytes = token.nbytes(), one = bytes / static_cast<size_t>(batch);
+    const auto* source = static_cast<const char*>(token.const_data_ptr());
+    std::memcpy(row.data_ptr(), source, bytes);
+    auto* kept = static_cast<char*>(sequence.data_ptr());
+    for (int64_t b = 0; b < batch; ++b) {
+      std::memcpy(kept + one * static_cast<size_t>(b * sequence.size(1) + position), source + one * b, one);
+    }
+    Py_RETURN_TRUE;
+  });
+}
+
+// probe(tensor): its version and where its data are, as this file reads them.
+PyObject* probe(PyObject*, PyObject* object) {
+  return guarded([&]() -> PyObject* {
+    const auto& tensor = unpack(object);
+    return Py_BuildValue(
+        "LK", static_cast<long long>(tensor.unsafeGetTensorImpl()->version_counter().current_version()),
+        reinterpret_cast<unsigned long long>(tensor.data_ptr()));
+  });
+}
+
+PyMethodDef functions[] = {
+    {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(unchanged)), METH_FASTCALL, nullptr},
+    {"place", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(place)), METH_FASTCALL, nullptr},
+    {"probe", probe, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "between", nullptr, -1, functions};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit_between(void) {
+  PyObject* made = PyModule_Create(&module);
+  PyObject* chain = made ? PyType_FromSpec(&chain_spec) : nullptr;
+  if (!chain || PyModule_AddObject(made, "Chain", chain) < 0) {
+    Py_XDECREF(chain);
+    Py_XDECREF(made);
+    return nullptr;
+  }
+  return made;
+}

@@ -1,0 +1,75 @@
+"""The extension ``between.cpp``: built once by the compiler that builds the steps, and kept on disk.
+
+It does nothing that is not written in Python too: :meth:`Layers.bind`, :meth:`WeightWatch.unchanged` and
+:meth:`Decoder.step` are its callers. Without a compiler they take a few times as long, and compute the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .kept import cache_directory, keep, known, machine
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("between.cpp")
+
+
+@cache
+def between() -> Any | None:
+    """The extension, or None where it cannot be built."""
+    made_by = torch.__version__, sys.implementation.cache_tag, machine()
+    try:
+        key = hashlib.sha256(_SOURCE.read_bytes() + repr(made_by).encode()).hexdigest()
+        place = cache_directory() / "extension" / key
+        try:
+            library = known(place)
+            if library is not None:
+                return _loaded(library)
+        except Exception as error:
+            log.info("the extension in %s is not usable, and is built anew: %s", place, error)
+        with tempfile.TemporaryDirectory() as folder:
+            return _loaded(keep(_built(Path(folder)), place))
+    except Exception as error:
+        log.info("steps run without the extension: %s: %s", type(error).__name__, error)
+        return None
+
+
+def _built(folder: Path) -> Path:
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
+    options = CppTorchOptions(include_pytorch=True, warning_all=False)
+    builder = CppBuilder("between", str(_SOURCE), options, str(folder))
+    builder.build()
+    return Path(builder.get_target_file_path())
+
+
+def _loaded(library: Path) -> Any:
+    loader = importlib.machinery.ExtensionFileLoader("between", str(library))
+    spec = importlib.util.spec_from_file_location("between", library, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    if not _works(module):
+        raise RuntimeError("it reads tensors in another way than this torch keeps them")
+    return module
+
+
+def _works(module: Any) -> bool:
+    """Whether it reads what torch says of tensors."""
+    with torch.inference_mode(False), torch.no_grad():
+        tensor = torch.zeros(3)
+        for _ in range(5):
+            tensor.add_(1)
+        views = tensor, torch.nn.Parameter(tensor), tensor[1:]
+        return all(module.probe(view) == (view._version, view.data_ptr()) for view in views)
