@@ -333,30 +333,34 @@ PyType_Spec chain_spec = {
 
 // -- functions -------------------------------------------------------------------------------------------------
 
-// unchanged(owners, keys, objects, tensors, versions)
+// unchanged(owners, keys, objects, tensors, versions): five tuples, the first three of one length, the last two of one
 PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded([&]() -> PyObject* {
-    if (count != 5) throw std::runtime_error("unchanged takes five tuples");
-    const Py_ssize_t objects = PyTuple_Size(args[0]);
-    for (Py_ssize_t i = 0; i < objects; ++i) {
-      PyObject* found = PyDict_GetItemWithError(PyTuple_GET_ITEM(args[0], i), item(args[1], i));
-      if (!found && PyErr_Occurred()) throw PythonError();
-      if (found != item(args[2], i)) Py_RETURN_FALSE;
+    bool right = count == 5;
+    for (Py_ssize_t i = 0; right && i < 5; ++i) right = PyTuple_CheckExact(args[i]);
+    if (!right || PyTuple_GET_SIZE(args[0]) != PyTuple_GET_SIZE(args[1]) ||
+        PyTuple_GET_SIZE(args[0]) != PyTuple_GET_SIZE(args[2]) ||
+        PyTuple_GET_SIZE(args[3]) != PyTuple_GET_SIZE(args[4])) {
+      throw std::runtime_error("unchanged takes five tuples");
     }
-    const Py_ssize_t tensors = PyTuple_Size(args[3]);
-    if (PyErr_Occurred()) throw PythonError();
-    for (Py_ssize_t i = 0; i < tensors; ++i) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[0]); ++i) {
+      PyObject* found = PyDict_GetItemWithError(PyTuple_GET_ITEM(args[0], i), PyTuple_GET_ITEM(args[1], i));
+      if (!found && PyErr_Occurred()) throw PythonError();
+      if (found != PyTuple_GET_ITEM(args[2], i)) Py_RETURN_FALSE;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[3]); ++i) {
       PyObject* tensor = PyTuple_GET_ITEM(args[3], i);
+      PyObject* known = PyTuple_GET_ITEM(args[4], i);
       const auto type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
       if (type == THPVariableClass || type == ParameterClass) {
         const auto& data = reinterpret_cast<THPVariable*>(tensor)->cdata;
         const auto version = data.unsafeGetTensorImpl()->version_counter().current_version();
-        if (static_cast<int64_t>(version) != integer(item(args[4], i))) Py_RETURN_FALSE;
+        if (static_cast<int64_t>(version) != integer(known)) Py_RETURN_FALSE;
         continue;
       }
       PyObject* version = PyObject_GetAttrString(tensor, "_version");
       if (!version) throw PythonError();
-      const int same = PyObject_RichCompareBool(version, item(args[4], i), Py_EQ);
+      const int same = PyObject_RichCompareBool(version, known, Py_EQ);
       Py_DECREF(version);
       if (same < 0) throw PythonError();
       if (!same) Py_RETURN_FALSE;

@@ -233,11 +233,7 @@ class Decoder:
     def _step_placed(self) -> Sequence[Any]:
         self._check_unbroken()
         lane = self._lanes[0][0]
-        run = self.engine.step(lane)
-        if not torch.is_grad_enabled():
-            return lane.step_placed(run)
-        with torch.no_grad():
-            return lane.step_placed(run)
+        return lane.step_placed(self.engine.step(lane))
 
     def extend(self, tokens: Tensor) -> Any:
         """Append m positions, ids [B, m] or features [B, m, D]; return the outputs at them, [B, m, …]."""
@@ -423,7 +419,10 @@ class Decoder:
     def _renew_weights(self) -> None:
         if self.model is not None and self._watch.restructured():
             engine = build_engine(self.model, self.engine.program.example, self.engine.options)
-            self.engine, self._watch = engine, WeightWatch(engine.program, self.model, native=engine.is_native)
+            self.engine, self._watch = (
+                engine,
+                WeightWatch(engine.program, self.model, native=engine.is_native),
+            )
             self._start(self._batch)
             return
         changed = self._watch.changed()

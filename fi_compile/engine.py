@@ -539,7 +539,10 @@ class Engine:
     # -- running -------------------------------------------------------------------------------------------
 
     def step(self, lane: Lane) -> Callable[[], Sequence[Any]]:
-        """The compiled step on a lane's tensors, its outputs without their sequence axis; lanes of equal shapes and strides share the compilation."""
+        """The compiled step on a lane's tensors, its outputs without their sequence axis.
+
+        Lanes of equal shapes and strides share the compilation.
+        """
         if lane.run is None or lane.position >= lane.reach:
             lane.reach = self._rows_read(lane)
             key = (lane.signature, lane.reach)

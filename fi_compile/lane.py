@@ -115,7 +115,7 @@ class Lane:
             return self.step_placed(run)
 
     def step_placed(self, run: Callable[[], Sequence[Any]]) -> Sequence[Any]:
-        """The same where the row is in its place already, and no gradients are taken of what ``run`` does."""
+        """The same where the row is in its place already; ``run`` sees to it that no gradients are recorded."""
         self.broken = True
         outputs = run()
         self.position += 1

@@ -44,7 +44,7 @@ class Layers:
     outputs: tuple[int, ...]
 
     def bind(self, runs: Sequence[Run], inputs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """The whole step on the tensors ``inputs``, where part i runs as ``runs[i]``."""
+        """The whole step on the tensors ``inputs``, where part i runs as ``runs[i]``; it records no gradients."""
         known = len(inputs)
         plan = []
         for call in self.calls:
@@ -54,10 +54,11 @@ class Layers:
 
         def step() -> list[Tensor]:
             made: dict[int, Tensor] = {}
-            for run, args, fed, names in plan:
-                for place, value in fed:
-                    args[place] = made[value]
-                made.update(zip(names, run(args), strict=True))
+            with torch.no_grad():
+                for run, args, fed, names in plan:
+                    for place, value in fed:
+                        args[place] = made[value]
+                    made.update(zip(names, run(args), strict=True))
             return [made[value] for value in self.outputs]
 
         return step

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 # Above this many rows a product with a weight is a matrix product; below, reading the weight is all it costs.
 _MOST_ROWS_BY_SUM = 2
-# A part of so few operators is as fast interpreted, and costs no compilation.
-_FEWEST_NODES = 3
+# A part of fewer operators is as fast interpreted, and costs no compilation. Native ones are called without Python.
+_FEWEST_NODES = {"aot": 1, "inductor": 3}
 
 _STATE = ("history:", "ring:", "block_inputs", "block_pending")
 
@@ -106,7 +106,7 @@ class CompiledStep:
             inputs = self._inputs_of_parts(example)
             for i, part in enumerate(self.layers.parts):
                 operators = sum(node.op == "call_function" for node in part.graph.nodes)
-                if operators >= _FEWEST_NODES:
+                if operators >= _FEWEST_NODES[how]:
                     self.runs[i] = _compiled(part, inputs[i], how)
             wrong = self._wrong_parts(example)
             for i in wrong:
@@ -219,8 +219,7 @@ class CompiledStep:
 
         It returns the outputs' newest rows, without their sequence axis.
         """
-        bind = bind_linked if self.linked else Layers.bind
-        run = bind(self.layers, self.runs, [tensors[name] for name in self.names])
+        run = self._bound([tensors[name] for name in self.names])
         constant, places = self.constant, tuple(self.places)
         if len(constant) == len(places) == 1:
             return run
@@ -232,6 +231,14 @@ class CompiledStep:
             return outputs
 
         return step
+
+    def _bound(self, inputs: list[Tensor]) -> Callable[[], list[Tensor]]:
+        if self.linked:
+            try:
+                return bind_linked(self.layers, self.runs, inputs)
+            except RuntimeError as error:  # weights of a subclass of Tensor
+                log.warning("the parts of the step are called one by one: %s", error)
+        return self.layers.bind(self.runs, inputs)
 
 
 def _apart(values: Sequence[Tensor]) -> list[Tensor]:

@@ -52,6 +52,7 @@ class Native:
     bare: bool  # whether it may be called with pointers
 
     def __call__(self, args: list[Any]) -> Sequence[Tensor]:
+        """The part's outputs; what it writes, it writes in place."""
         return self.run(args)
 
 
@@ -124,5 +125,10 @@ def _load(library: Path) -> Native:
 def _key(part: fx.GraphModule) -> str:
     """All that the library depends on: the graph with its shapes and strides, torch, the machine, the options."""
     forms = [(node.name, str(node.target), tensor_form(node)) for node in part.graph.nodes]
-    made_by = torch.__version__, version("flashinf"), sorted((INDUCTOR | _BARE).items()), torch.get_num_threads()
+    made_by = (
+        torch.__version__,
+        version("flashinf"),
+        sorted((INDUCTOR | _BARE).items()),
+        torch.get_num_threads(),
+    )
     return hashlib.sha256(repr((part.code, forms, made_by, machine())).encode()).hexdigest()

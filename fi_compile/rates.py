@@ -23,9 +23,9 @@ from torch import Tensor
 
 from .costs import BUILTIN, Rates
 from .errors import FlashinfWarning
+from .kept import cache_directory
 from .kernels.tile import add_tile_direct
 from .mixers.tiles import KeptSpectra, TileWork, TorchTiles
-from .kept import cache_directory
 from .schedule import Tile
 
 VERSION = 1
