@@ -99,7 +99,9 @@ def _bare_wrapper() -> Iterator[None]:
 
     class Bare(CppWrapperCpuArrayRef):
         @staticmethod
-        def create(*_: Any) -> Bare:
+        def create(
+            is_subgraph: bool, subgraph_name: Any, parent_wrapper: Any, partition_signatures: Any = None
+        ) -> Bare:
             return Bare()
 
         def generate_return(self, output_refs: list[str]) -> None:

@@ -205,7 +205,7 @@ def test_a_compiled_generation_is_exact_and_compiles_once(shared_cache, compilat
     expected = model(sequence)
     assert gap(decoded(dec, sequence, 7), expected[:, 6:]) < 1e-10
     before = len(compilations)
-    assert before <= 2
+    assert before <= 3  # what comes before the layers, a layer, what comes after
     dec.rewind(20)
     other = dec.fork()
     for t in range(20, 30):
