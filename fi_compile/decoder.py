@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from .capture import trace_module
 from .engine import Engine
 from .errors import CapacityError, DecoderBroken, InputError, Refusal, Unsupported, WeightsChanged
+from .extension import between
 from .lane import Lane
 from .mixers.convolution import FilterGrew
 from .options import Options, read_options
@@ -221,7 +222,7 @@ class Decoder:
 
         One lane, our own, with room, and a token [B, …] that needs no conversion: all others take the longer way.
         """
-        extension = self.engine.extension
+        extension = between() if self.engine.is_native else None
         if extension is None or len(self._lanes) != 1:
             return False
         lane, end = self._lanes[0][0], self._lanes[0][0].position + 1

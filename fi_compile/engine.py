@@ -19,7 +19,6 @@ from .costs import Tiling
 from .derive import Derived, derive, tile_step
 from .describe import describe
 from .errors import CapacityError, InputError, Refusal, Unsupported
-from .extension import between
 from .falsify import check_finite, check_step, rows_apart
 from .lane import Lane
 from .lower import CompiledStep
@@ -358,11 +357,6 @@ class Engine:
     def is_native(self) -> bool:
         """Whether what is compiled, and the extension, may be used."""
         return self.options.step != "eager"
-
-    @property
-    def extension(self) -> Any | None:
-        """What does the work around a step without Python; None where that is not wanted, or cannot be built."""
-        return between() if self.is_native else None
 
     @cached_property
     def bare_output(self) -> bool:

@@ -1,6 +1,7 @@
 """The extension does what Python does, and is never needed."""
 
 import gc
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -12,7 +13,7 @@ from torch import nn
 
 import fi_compile
 from decoding import decoded, gap, ids, lanes, language_model
-from fi_compile import chain, engine, extension, kept, weights
+from fi_compile import chain, extension, kept
 from fi_compile.errors import DecoderBroken, InputError, WeightsChanged
 from fi_compile.weights import WeightWatch
 
@@ -35,8 +36,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
 
 
 def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (chain, engine, weights):
-        monkeypatch.setattr(module, "between", lambda: None)
+    for module in ("chain", "decoder", "weights"):
+        monkeypatch.setattr(sys.modules[f"fi_compile.{module}"], "between", lambda: None)
 
 
 def native_decoder(model: nn.Module, batch: int = 1, **options) -> fi_compile.Decoder:
