@@ -446,12 +446,9 @@ class Engine:
     def _keep_one_copy(self, derived: Derived) -> None:
         """Long filters are many bytes: let go of those that the bank has."""
         for mixer in derived.step.stacked:
-            known, kernel = (
-                self._filters[mixer.name, derived.capacity],
-                derived.references[mixer.name]["kernel"],
-            )
-            if kernel.shape == known.kernel.shape:
-                self._filters[mixer.name, derived.capacity] = replace(known, kernel=kernel)
+            key, kernel = (mixer.name, derived.capacity), derived.references[mixer.name]["kernel"]
+            if kernel.shape == self._filters[key].kernel.shape:
+                self._filters[key] = replace(self._filters[key], kernel=kernel)
 
     def _filter(self, mixer: Mixer, capacity: int) -> Any:
         key = (mixer.name, capacity)
