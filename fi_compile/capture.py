@@ -281,14 +281,27 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 
 @contextlib.contextmanager
 def _traceable_helpers() -> Iterator[None]:
-    """Stand-ins for library helpers that compute on a length in Python and would pin it."""
-    with contextlib.ExitStack() as stack:
-        for module_name, attribute, stand_in in _STAND_INS:
-            module = sys.modules.get(module_name)
-            if module is not None and hasattr(module, attribute):
-                stack.callback(setattr, module, attribute, getattr(module, attribute))
-                setattr(module, attribute, stand_in)
+    """Stand-ins for library helpers that compute on a length in Python and would pin it.
+
+    Wherever a loaded module refers to such a helper: models import it by name.
+    """
+    helpers = {}
+    for library, name, stand_in in _STAND_INS:
+        helper = getattr(sys.modules.get(library), name, None)
+        if helper is not None:
+            helpers[id(helper)] = stand_in
+    refs = sys.modules.get("torch._refs.fft")
+    replaced = [(refs, "math", math, _SYMBOLIC_MATH)] if refs is not None else []  # norm="ortho"
+    for module in list(sys.modules.values()) if helpers else ():
+        attributes = list(vars(module).items()) if isinstance(module, types.ModuleType) else []
+        replaced += [(module, k, v, helpers[id(v)]) for k, v in attributes if id(v) in helpers]
+    try:
+        for module, name, _, stand_in in replaced:
+            setattr(module, name, stand_in)
         yield
+    finally:
+        for module, name, helper, _ in replaced:
+            setattr(module, name, helper)
 
 
 def _symbolic_math() -> types.SimpleNamespace:
@@ -298,10 +311,9 @@ def _symbolic_math() -> types.SimpleNamespace:
     return types.SimpleNamespace(**functions)
 
 
+_SYMBOLIC_MATH = _symbolic_math()
 _STAND_INS: tuple[tuple[str, str, Any], ...] = (
-    ("torch._refs.fft", "math", _symbolic_math()),  # norm="ortho"
     ("opt_einsum", "contract", torch.einsum),
-    ("opt_einsum.contract", "contract", torch.einsum),
     ("scipy.fft", "next_fast_len", lambda target, real=False: target),
     ("scipy.fftpack", "next_fast_len", lambda target: target),
 )

@@ -246,7 +246,7 @@ class Engine:
             return None
         chosen = classify(found, derived.kernel, self.dtype)
         try:  # weights that happen to be zero must not decide the kind: moved ones are asked too
-            chosen.derive(analysis.parameters, analysis.longest)
+            chosen.derive(analysis.parameters, analysis.longest if chosen.at is None else self.capacity)
         except FilterGrew:
             chosen = classify(found, found.derive(analysis.parameters, self.capacity).kernel, self.dtype)
         if chosen.lags is not None and chosen.kind == "long_conv" and derived.kernel.shape[1] < self.capacity:

@@ -62,7 +62,8 @@ def _spread(analysis: Consistency, node: fx.Node, lengths: list[int], values: di
         example = program.example
         shape = (example.shape[0], length, *example.shape[2:])
         sequence = example.new_zeros((1,) * len(shape)).expand(shape)
-        return program.evaluate(sequence, values, keep=[node], rewrite=widen_call)[node]
+        table = program.evaluate(sequence, values, keep=[node], rewrite=widen_call)[node]
+        return table if table.is_floating_point() or table.is_complex() else table.double()  # signs, masks
 
     with torch.no_grad():
         longest = at(lengths[-1])

@@ -1,6 +1,8 @@
 """From modules to programs: one graph for all lengths, what its guards admit, and what is refused."""
 
 import math
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
@@ -178,6 +180,29 @@ def test_branches_on_data():
 def test_a_length_that_is_pinned():
     with pytest.raises(Unsupported):
         traced(lambda x: x * math.log(x.shape[1]))
+
+
+def test_helpers_that_models_import_by_name(monkeypatch):
+    """``from library import helper``: the name lives in the model's own module."""
+    fftpack, models = types.ModuleType("scipy.fftpack"), types.ModuleType("some_model")
+
+    def next_fast_len(target):
+        return 1 << math.ceil(math.log2(target))
+
+    fftpack.next_fast_len = models.next_fast_len = next_fast_len
+    monkeypatch.setitem(sys.modules, "scipy.fftpack", fftpack)
+    monkeypatch.setitem(sys.modules, "some_model", models)
+
+    class Model(nn.Module):
+        def forward(self, x):
+            n = models.next_fast_len(2 * x.shape[1])
+            k = torch.exp(-torch.arange(x.shape[1]) / 9)
+            return torch.fft.irfft(torch.fft.rfft(x.mT, n) * torch.fft.rfft(k, n), n)[..., : x.shape[1]].mT
+
+    x = torch.randn(2, 24, 3)
+    program = trace_module(Model().eval(), x)
+    torch.testing.assert_close(program.run(x), Model()(x))
+    assert models.next_fast_len is fftpack.next_fast_len is next_fast_len
 
 
 def test_tracing_leaves_torch_as_it_was():

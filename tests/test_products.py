@@ -54,6 +54,13 @@ def per_head(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     return irfft(a_f * b_f, n=2 * n)[..., :n].flatten(1, 2)
 
 
+def by_rows(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """Read by a table of row numbers: the last n of 2 n rows, after n rows of zeros."""
+    n = a.shape[-1]
+    y = irfft(rfft(torch.nn.functional.pad(a, (n, 0)), n=3 * n) * rfft(b, n=3 * n), n=3 * n)
+    return y.index_select(-1, torch.arange(n, 2 * n))
+
+
 def with_itself(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     return by_transforms(a, a, weight)
 
@@ -71,6 +78,7 @@ def smoothed(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         (by_transforms, "two_tiles"),
         (scaled, "two_tiles"),
         (per_head, "two_tiles"),
+        (by_rows, "two_tiles"),
         (with_itself, "history"),
         (smoothed, "history"),
     ],

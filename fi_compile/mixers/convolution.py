@@ -39,14 +39,24 @@ _MOST_VALUES = 1 << 25  # of the filters of a convolution that mixes channels
 class Filter:
     """A filter derived from one version of the weights.
 
-    ``kernel``: float64 [Cout, n], lag 0 first. ``offset``: what the unit adds regardless of its input, by
-    position, float64 [Cout, n]; [Cout, 1] where it is the same at every position; None where it is zero. ``modes``:
-    the kernel as a sum of exponentials, where it runs as a recurrence.
+    ``kernel``: float64 [Cout, n], lag 0 first, or the lags ``at`` alone. ``offset``: what the unit adds regardless
+    of its input, by position, float64 [Cout, n]; [Cout, 1] where it is the same at every position; None where it is
+    zero. ``modes``: the kernel as a sum of exponentials, where it runs as a recurrence.
     """
 
     kernel: Tensor
     offset: Tensor | None
     modes: Modes | None = None
+    at: tuple[int, ...] | None = None
+
+    @property
+    def lags(self) -> Tensor:
+        """The kernel with all of its lags."""
+        if self.at is None:
+            return self.kernel
+        out = self.kernel.new_zeros(len(self.kernel), self.at[-1] + 1)
+        out[:, self.at] = self.kernel
+        return out
 
     def rounded(self, dtype: torch.dtype) -> Filter:
         """The same in the dtype of a state; modes stay as they are."""
@@ -62,7 +72,8 @@ class Convolution:
     ``running_sum`` in turn. ``pairs``: which input channels each output channel reads. ``support``: number of lags from
     the first to the last that is not zero (``scan``: unbounded). ``lags``: no more of them are extracted, and that they
     are all is seen by comparing with the unit; None: as many as there are positions. ``ends``: whether a long filter is
-    zero from ``support`` on, far below the capacity.
+    zero from ``support`` on, far below the capacity. ``at``: lag 0 and those of a short filter that are not zero, where
+    these are few of its support, as of a dilated convolution; None: all of it.
 
     What is proved of it: ``bound``: its filter has no more lags than this, at any length; None where that is not known.
     ``invariant``: it commutes with shifts. ``homogeneous``: nothing is added to what comes of its input.
@@ -83,6 +94,7 @@ class Convolution:
     bound: int | None = None
     invariant: bool = False
     homogeneous: bool = False
+    at: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -127,8 +139,9 @@ class Convolution:
     @property
     def reference_options(self) -> dict[str, Any]:
         """What the reference takes beside tensors."""
-        layouts = {"layout_in": self.layout_in, "layout_out": self.layout_out}
-        return layouts if self.fan_in == 1 else {**layouts, "fan_in": self.fan_in}
+        options: dict[str, Any] = {"layout_in": self.layout_in, "layout_out": self.layout_out}
+        options |= {} if self.fan_in == 1 else {"fan_in": self.fan_in}
+        return options if self.at is None else {**options, "at": self.at}
 
     def derive(self, values: Mapping[str, Tensor], length: int) -> Filter:
         """Extract the filter up to ``length`` lags from double-precision weights.
@@ -183,6 +196,12 @@ class Convolution:
 
     def cut(self, derived: Filter) -> Filter:
         """The filter cut to what this kind of increment keeps; raises :class:`FilterGrew` where it needs more."""
+        if self.at is not None:
+            if not set(_live(derived.kernel)) <= set(self.at):
+                raise FilterGrew(self.name)
+            missing = max(0, self.support - derived.kernel.shape[1])
+            kept = torch.nn.functional.pad(derived.kernel, (0, missing))[:, self.at]
+            return replace(derived, kernel=kept, at=self.at)
         if self.kind == "short_conv":
             if _support(derived.kernel) > self.support:
                 raise FilterGrew(self.name)
@@ -228,8 +247,9 @@ def recognise(analysis: Consistency, unit: Unit, x: fx.Node, length: int) -> Con
 def classify(found: Convolution, kernel: Tensor, dtype: torch.dtype) -> Convolution:
     """Choose the kind of increment by a filter's response [Cout, capacity], for state of ``dtype``.
 
-    ``scan`` where the filter is constant, ``short_conv`` up to 256 lags, else ``long_conv``. In float64 a filter that
-    fades below the extraction's rounding is not short: only one that ends is.
+    ``scan`` where the filter is constant, ``short_conv`` up to 256 lags, wherever they are if all others are zero
+    (a dilated convolution), else ``long_conv``. In float64 a filter that fades below the extraction's rounding is not
+    short: only one that ends is.
     """
     capacity = kernel.shape[1]
     support = _support(kernel)
@@ -237,6 +257,9 @@ def classify(found: Convolution, kernel: Tensor, dtype: torch.dtype) -> Convolut
         support = capacity
     if capacity > 2 and _is_constant(kernel):
         return replace(found, kind="scan", lowering="running_sum")
+    at = _live(kernel[:, :support])
+    if len(at) <= min(LONGEST_WINDOW, support // 2):
+        return replace(found, kind="short_conv", lowering="window", support=support, at=at)
     if support <= min(LONGEST_WINDOW, max(capacity // 2, 1)):
         return replace(found, kind="short_conv", lowering="window", support=support)
     ending = replace(found, support=support, ends=True)
@@ -320,11 +343,11 @@ def verify(
     if found.invariant and length > _FEW:
         # Every lag there is meets the last position.
         positions = torch.linspace(length // 2, length - 1, _FEW, device=flat.device).long()
-        expected = convolve_at(positions, flat, derived.kernel, found.source, found.fan_in)
+        expected = convolve_at(positions, flat, derived.lags, found.source, found.fan_in)
         value = value[..., positions]
     else:
         positions = slice(None)
-        expected = convolve(flat, derived.kernel, found.source, found.fan_in)
+        expected = convolve(flat, derived.lags, found.source, found.fan_in)
     if derived.offset is not None:
         offset = derived.offset
         expected = expected + (offset if offset.shape[1] == 1 else offset[:, :length][:, positions])
@@ -342,6 +365,13 @@ def _support(kernel: Tensor) -> int:
     floor = _NOISE * kernel.square().sum(-1, keepdim=True).sqrt()
     live = (kernel.abs() > floor).any(0).nonzero()
     return int(live[-1]) + 1 if live.numel() else 1
+
+
+def _live(kernel: Tensor) -> tuple[int, ...]:
+    """Lag 0, and those at which a filter is not exactly zero."""
+    live = (kernel != 0).any(0)
+    live[:1] = True
+    return tuple(live.nonzero()[:, 0].tolist())
 
 
 def _ends(kernel: Tensor, support: int) -> bool:

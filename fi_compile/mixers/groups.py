@@ -6,7 +6,7 @@ and tables. The function can be run whole, or on the newest row of the queries a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,18 @@ def score_scale(factor: fx.Node, by: fx.Node, value: Tensor) -> Tensor:
 
 
 class Group:
-    """F at one length, on given weights: its nodes as a function of operands and tables."""
+    """F at one length, on given weights: its nodes as a function of operands and tables.
+
+    ``operands``: the values of one sequence axis that enter as operands; None: all of them.
+    """
 
     def __init__(
-        self, analysis: Consistency, unit: Unit, values: Mapping[str, Tensor] | None, length: int
+        self,
+        analysis: Consistency,
+        unit: Unit,
+        values: Mapping[str, Tensor] | None,
+        length: int,
+        operands: Collection[fx.Node] | None = None,
     ) -> None:
         self.analysis, self.unit, self.length = analysis, unit, length
         self.program = program = analysis.program
@@ -76,7 +84,11 @@ class Group:
         inside = set(self.nodes)
         outside = [a for n in self.nodes for a in n.all_input_nodes if is_tensor(a) and a not in inside]
         self.boundary = tuple(dict.fromkeys(outside))
-        self.ones = tuple(n for n in self.boundary if len(analysis.axes[n].rows) == 1)
+        self.ones = tuple(
+            n
+            for n in self.boundary
+            if len(analysis.axes[n].rows) == 1 and (operands is None or n in operands)
+        )
         self.tables = tuple(n for n in self.boundary if n not in self.ones)
         self.batch = program.batch if isinstance(program.batch, int) else 2
         self.factors: dict[fx.Node, fx.Node] = {}

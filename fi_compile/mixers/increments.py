@@ -67,7 +67,9 @@ class Increment(Protocol):
 
 
 INCREMENTS: dict[str, Callable[[Convolution], Increment]] = {
-    "window": lambda mixer: ShortConv(mixer.layout_in.count, mixer.support, mixer.fan_in),
+    "window": lambda mixer: ShortConv(
+        mixer.layout_in.count, len(mixer.at or range(mixer.support)), mixer.fan_in, at=mixer.at
+    ),
     "running_sum": lambda mixer: Scan(mixer.layout_in.count, mixer.fan_in),
     "recurrence": lambda mixer: Recurrence(len(mixer.source), mixer.fan_in),
 }

@@ -59,12 +59,12 @@ class Product:
 
     def derive(self, values: Mapping[str, Tensor], length: int) -> Tensor:
         """The factor of each channel, float64 [C], from double-precision weights."""
-        group = Group(self.analysis, self.unit, values, self.analysis.lengths[0])
+        group = Group(self.analysis, self.unit, values, self.analysis.lengths[0], self.inputs)
         return _scale(group, self.operands, self.layout_out)
 
     def holds(self, proof: Proof, values: Mapping[str, Tensor], capacity: int) -> bool:
         """Whether the unit equals its reference on random inputs over ``capacity`` positions."""
-        group = Group(self.analysis, self.unit, values, capacity)
+        group = Group(self.analysis, self.unit, values, capacity, self.inputs)
         generator = torch.Generator().manual_seed(17)
         inputs = [noise_of(group, o, generator) - 1.0 for o in self.operands]
         a, b = self.flatten(inputs).index_select(1, self.source).chunk(2, 1)
@@ -97,7 +97,7 @@ def recognise_product(
     of_a, of_b, layout_out = layouts
     operands = Operand(a, of_a, False), Operand(b, of_b, False)
     try:
-        group = Group(analysis, unit, analysis.parameters, analysis.lengths[0])
+        group = Group(analysis, unit, analysis.parameters, analysis.lengths[0], (a, b))
         source = _source(group, operands, layout_out)
     except (RuntimeError, IndexError, ValueError, TypeError):
         return None

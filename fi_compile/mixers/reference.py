@@ -67,9 +67,13 @@ def short_conv(
     layout_in: Layout,
     layout_out: Layout,
     fan_in: int = 1,
+    at: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """The same with filters of few lags [P, M], by direct sums."""
+    """The same with filters of few lags [P, M], by direct sums; ``at`` says which, where they are not 0 … M-1."""
     flat = layout_in.flatten(x).to(kernel.dtype)
+    if at is not None:
+        out = _sparse(flat, kernel, source, fan_in, at)
+        return layout_out.as_value(_shifted(out, offset), x.dtype)
     padded = torch.nn.functional.pad(flat, (kernel.shape[1] - 1, 0))
     weight = kernel.flip(-1)
     if is_dense(fan_in, flat.shape[1]):
@@ -78,6 +82,19 @@ def short_conv(
         rows = padded if source is None else padded[:, source]
         out = sum_pairs(torch.nn.functional.conv1d(rows, weight.unsqueeze(1), groups=len(weight)), fan_in)
     return layout_out.as_value(_shifted(out, offset), x.dtype)
+
+
+def _sparse(x: Tensor, kernel: Tensor, source: Tensor | None, fan_in: int, at: tuple[int, ...]) -> Tensor:
+    matrix = dense(kernel, source, fan_in, x.shape[1]) if is_dense(fan_in, x.shape[1]) else None
+    total = x.new_zeros(())
+    for tap, lag in enumerate(at):
+        rows = torch.nn.functional.pad(x, (lag, 0))[..., : x.shape[-1]]
+        if matrix is not None:
+            total = total + matrix[..., tap] @ rows
+        else:
+            rows = rows if source is None else rows[:, source]
+            total = total + sum_pairs(rows * kernel[:, tap, None], fan_in)
+    return total
 
 
 def scan(

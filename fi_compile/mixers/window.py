@@ -33,20 +33,25 @@ def _short_conv_steps(kernels: str) -> Callable[..., Tensor]:
 class ShortConv:
     """Increment of filters of ``taps`` lags, ``fan_in`` for an output channel: the inputs of the newest positions.
 
-    ``kernels``: what runs a step, ``torch`` or ``triton``.
+    ``kernels``: what runs a step, ``torch`` or ``triton``. ``at``: the lags that count, 0 among them, where the others
+    are zero: these alone are read.
     """
 
     channels_in: int
     taps: int
     fan_in: int = 1
     kernels: str = "torch"
+    at: tuple[int, ...] | None = None
 
-    needs = ("kernel",)
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The filters, and where they are sparse their lags."""
+        return ("kernel",) if self.at is None else ("kernel", "lags")
 
     @property
     def reads(self) -> int:
-        """How many earlier positions a step reads."""
-        return self.taps - 1
+        """How many earlier positions a step reads, or reads among."""
+        return self.taps - 1 if self.at is None else self.at[-1]
 
     @property
     def rows(self) -> int:
@@ -54,12 +59,19 @@ class ShortConv:
         return max(self.reads, 1) + SLACK
 
     def weights(self, found: Filter, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The filters, [taps, P] of pairs; where a matrix is no more work, [taps, Cin, Cout], the newest lag last."""
+        """The filters, [taps, P] of pairs, lag 0 first; where a matrix is no more work, [taps, Cin, Cout].
+
+        Where ``at`` is given, also the lags but the first: int64 [taps - 1].
+        """
         kernel = found.kernel.to(dtype)
         if is_dense(self.fan_in, self.channels_in):
-            matrix = dense(kernel, source, self.fan_in, self.channels_in)
-            return {"kernel": matrix.permute(2, 1, 0).flip(0).contiguous()}
-        return {"kernel": kernel.t().contiguous()}
+            kernel = dense(kernel, source, self.fan_in, self.channels_in).permute(2, 1, 0)
+        else:
+            kernel = kernel.t()
+        weights = {"kernel": kernel.contiguous()}
+        if self.at is not None:
+            weights["lags"] = torch.tensor(self.at[1:], device=kernel.device)
+        return weights
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """Inputs of no positions: zeros [R, B, Cin]."""
@@ -67,14 +79,16 @@ class ShortConv:
 
     def step(self, ring: Tensor, position: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
         """The newest output [B, Cout] from x [B, Cin]; writes x into the ring."""
-        kernel, source = weights["kernel"], weights.get("source")
+        kernel, source, lags = weights["kernel"], weights.get("source"), weights.get("lags")
         size, x = ring.shape[0], x.to(ring.dtype)
         if not is_dense(self.fan_in, self.channels_in):
+            if lags is not None:
+                return short_conv_step(ring, position, x, kernel, source, self.fan_in, lags)
             return _short_conv_steps(self.kernels)(ring, position, x, kernel, source, self.fan_in)
-        past = ring.index_select(
-            0, (position - torch.arange(self.taps - 1, 0, -1, device=ring.device)) % size
-        )
-        rows = torch.cat([past, x.unsqueeze(0)]).transpose(0, 1).flatten(1)
+        if lags is None:
+            lags = torch.arange(1, self.taps, device=ring.device)
+        past = ring.index_select(0, (position - lags) % size)
+        rows = torch.cat([x.unsqueeze(0), past]).transpose(0, 1).flatten(1)
         ring.index_copy_(0, position % size, x.unsqueeze(0))
         return rows @ kernel.flatten(0, 1)
 
@@ -84,7 +98,8 @@ class ShortConv:
 
     def cost(self, weights: Mapping[str, Tensor]) -> str:
         """Work of one step."""
-        return "M·C multiply-adds" if self.fan_in == 1 else f"{self.fan_in}·M·C multiply-adds"
+        taps = "M" if self.at is None else str(len(self.at))
+        return f"{taps}·C multiply-adds" if self.fan_in == 1 else f"{self.fan_in}·{taps}·C multiply-adds"
 
 
 @dataclass(frozen=True)
