@@ -106,6 +106,7 @@ class Engine:
             if bounded:
                 self.proof = self._prove(self.capacity, bounded)
                 self.verdict = "numerically bounded"
+            self._end_with_certificate(bounded)
         self.verdicts: dict[str, str] = {}
         self.declined: dict[str, str] = {}  # units of a known kind that run as regions, and why
         self._filters: dict[tuple[str, int], Any] = {}
@@ -120,6 +121,37 @@ class Engine:
             lambda: self.raised(derived),
             rewrites=sum(m.reference is not None for m in derived.step.mixers),
         )
+
+    def _end_with_certificate(self, bounded: Mapping[fx.Node, float]) -> None:
+        """Stop where the certificate does: a transform of a fixed length wraps around from some length on.
+
+        Where ``max_length`` asks for more, the refusal stays, and its hint says how far it would be exact.
+        """
+        start, most = self.program.lengths.at_least(self.program.example.shape[1]), self.capacity
+        if self._all_certified() or start is None or start >= most:
+            return
+        whole = self.proof
+        certified = None
+        while start <= most:  # certified below, refused above
+            middle = start if certified is None else (start + most) // 2
+            self.proof = self._prove(middle, bounded)
+            if self._all_certified():
+                certified, start = self.proof, middle + 1
+            elif certified is None:
+                break
+            else:
+                most = middle - 1
+        self.proof = whole
+        if certified is None:
+            return
+        reach = int(self.program.lengths.upto(most)[-1])
+        if self.options.max_length is not None:
+            hint = f"or ask for no more than it is exact for: max_length={reach}"
+            whole.refusals = [
+                replace(r, hint="; ".join(filter(None, (r.hint, hint)))) for r in whole.refusals
+            ]
+            return
+        self.proof, self._reach, self.capacity = self._prove(reach, bounded), reach, reach
 
     def _prove(self, capacity: int, bounded: Mapping[fx.Node, float] | None = None) -> Proof:
         proof = prove_prefix(self.program, capacity, bounded)
@@ -398,7 +430,11 @@ class Engine:
             if grow or needed > self.most + 1:
                 hint = "; give max_length to trace the model for longer ones"
                 if self.options.max_length or self._reach is not None:
-                    hint = "" if self.most != self._reach else ": the model's tables end there"
+                    hint = (
+                        ""
+                        if self.most != self._reach
+                        else ": the model's tables, or its certificate, end there"
+                    )
                 raise CapacityError(f"{needed} positions exceed {self.most}, the most there may be{hint}")
             needed = self.most
         if grow and needed > capacity and not self.options.growth:
