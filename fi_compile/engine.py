@@ -47,6 +47,7 @@ from .passes.propose_consistency import (
 )
 from .passes.prove_prefix import prove_prefix
 from .passes.raise_mixers import raise_mixers
+from .pieces import with_pieces_apart
 from .program import Kind, Program, is_tensor, source_of
 from .proof import Proof, Step
 from .report import Report, Snapshot
@@ -77,7 +78,7 @@ class Engine:
         capacity: int | None = None,
     ) -> None:
         self.traced, self.options, self.model = program, options, model
-        program, self._dropped = with_taps(program)
+        program, self._dropped = with_taps(with_pieces_apart(program))
         self.program = with_masks(program)
         self.kernels = choose_kernels(options.kernels, program.example.device)
         if self.kernels != "torch" and options.latency == "bounded":
@@ -86,6 +87,7 @@ class Engine:
             raise InputError("option keep_history=False needs kernels='torch' and latency='throughput'")
         self._block: int | None = None  # the base block, once it is chosen
         self._reach: int | None = None  # positions at which the tables end, once that was met
+        self._end = "the model's tables end there"
         self._reached = 0
         self.capacity = self._admitted(self._within_tables(capacity or self._first_capacity()))
         self._derived: dict[tuple[int, int], Derived] = {}
@@ -152,6 +154,7 @@ class Engine:
             ]
             return
         self.proof, self._reach, self.capacity = self._prove(reach, bounded), reach, reach
+        self._end = f"the certificate ends there: {whole.refusals[0].reason}"
 
     def _prove(self, capacity: int, bounded: Mapping[fx.Node, float] | None = None) -> Proof:
         proof = prove_prefix(self.program, capacity, bounded)
@@ -430,11 +433,7 @@ class Engine:
             if grow or needed > self.most + 1:
                 hint = "; give max_length to trace the model for longer ones"
                 if self.options.max_length or self._reach is not None:
-                    hint = (
-                        ""
-                        if self.most != self._reach
-                        else ": the model's tables, or its certificate, end there"
-                    )
+                    hint = "" if self.most != self._reach else f": {self._end}"
                 raise CapacityError(f"{needed} positions exceed {self.most}, the most there may be{hint}")
             needed = self.most
         if grow and needed > capacity and not self.options.growth:
