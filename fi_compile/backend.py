@@ -27,7 +27,7 @@ from .doors import (
     doors_of,
     find_door,
 )
-from .dynamo import Roles, Static, graph_refusal, graph_text, read_roles
+from .dynamo import Roles, Static, broken_off, graph_refusal, graph_text, read_roles
 from .errors import InputError, Refusal
 from .inputs import Description, describe, exact, undescribed
 from .options import Options, read_options
@@ -67,7 +67,7 @@ def flashinf(
         return _Training(lookup_backend(chosen.fallback)(gm, list(example_inputs)), roles)
     plain = _Plain(gm, chosen, mode, dynamic=isinstance(roles, (Roles, Refusal)))
     if isinstance(roles, Refusal):
-        return _refused(roles, plain)
+        return _refused((*broken_off(gm), roles), plain)
     if isinstance(roles, Static):
         return _static(roles, plain)
     return _Artifact(gm, roles, chosen, plain) if isinstance(roles, Roles) else plain
@@ -82,15 +82,15 @@ def _raiser(error: InputError) -> Callable[..., Any]:
     return fail
 
 
-def _refused(refusal: Refusal, plain: _Plain) -> Callable[..., Any]:
+def _refused(refusals: tuple[Refusal, ...], plain: _Plain) -> Callable[..., Any]:
     """The graph as given, its first call with a warning."""
-    note_report(Report("refused", refusals=(refusal,)))
+    note_report(Report("refused", refusals=refusals))
     own_doors = Doors()  # of a graph that reads no parameters
 
     def run(*args: Any) -> Any:
         weights = [a for a in args if isinstance(a, nn.Parameter)]
         doors = doors_of(weights) if weights else own_doors
-        doors.warn_once(refused_text((refusal,)))
+        doors.warn_once(refused_text(refusals))
         return plain(*args)
 
     return run

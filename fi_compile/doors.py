@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .decoder import Decoder, build_engine
-from .dynamo import Roles, wrap_graph
+from .dynamo import Roles, broken_off, wrap_graph
 from .engine import Engine
 from .errors import CapacityError, FlashinfError, FlashinfWarning, InputError, Refusal, Unsupported
 from .growing import Growing
@@ -57,6 +57,7 @@ class Door:
         self.doors, self.roles, self.options = doors, roles.bound(arguments), options
         self.module = nn.Module()
         self.refusals: tuple[Refusal, ...] = ()
+        self._broken = broken_off(gm)
         self.sessions: list[Session] = []
         self.lock = threading.RLock()  # knows its owner, so that an interrupt cannot leave it held
         self._last_length, self._misses = -1, 0
@@ -106,6 +107,7 @@ class Door:
         else:
             kind = "inputs" if isinstance(error, FlashinfError) else "internal"
             self.refusals = (Refusal(kind, f"{type(error).__name__}: {error}"[:500]),)
+        self.refusals = (*self._broken, *self.refusals)
         self.report = Report("refused", refusals=self.refusals)
         self.sessions.clear()
 

@@ -330,6 +330,22 @@ def graph_refusal(gm: fx.GraphModule) -> Refusal | None:
     return None
 
 
+def broken_off(gm: fx.GraphModule) -> tuple[Refusal, ...]:
+    """Why Dynamo's graph ends before the model does, where it does: what stands in it is no whole model."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ()
+    frames = [frame for frame in reason.user_stack if "/torch/" not in frame.filename]
+    return (
+        Refusal(
+            "graph_break",
+            f"Dynamo breaks the forward into several graphs: {reason.reason.strip().splitlines()[0][:300]}",
+            source=f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None,
+            hint="only a whole forward is decoded: replace what Dynamo cannot follow, or use fi_compile.decoder",
+        ),
+    )
+
+
 def _drops(node: fx.Node) -> bool:
     training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
     probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
@@ -340,6 +356,7 @@ __all__ = [
     "Roles",
     "SequenceModule",
     "Static",
+    "broken_off",
     "flat_outputs",
     "graph_refusal",
     "read_roles",

@@ -1,6 +1,7 @@
 """The transparent mode as a user meets it: torch.compile(model, backend="flashinf")."""
 
 import gc
+import re
 import subprocess
 import sys
 import threading
@@ -584,6 +585,31 @@ def test_graph_breaks_leave_the_values_right():
         for _ in range(8):
             assert_like(fast(ids), model(ids))
             ids = extended(ids)
+
+
+class BrokenInside(nn.Module):
+    """A graph break inside a convolution: neither half is causal."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        n = ids.shape[1]
+        spectrum = torch.fft.rfft(self.embed(ids), n=2 * n, dim=1)
+        torch._dynamo.graph_break()
+        return torch.fft.irfft(spectrum * spectrum, n=2 * n, dim=1)[:, :n]
+
+
+def test_a_graph_break_is_named_with_what_it_leads_to():
+    fast, ids = compiled(BrokenInside().eval()), random_ids(2, 4)
+    with torch.inference_mode(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            fast(ids)
+            ids = extended(ids)
+    (text,) = [str(w.message) for w in told if "graph_break: " in str(w.message)]
+    assert re.search(r"graph_break: Dynamo breaks the forward .*\n  source: .*test_backend.py:\d+", text)
 
 
 class Masked(nn.Module):
