@@ -34,6 +34,7 @@ from .errors import Refusal, Unsupported
 from .guards import admits_batches, admitted_lengths
 from .program import Input, Kind, Lengths, Program, is_integer, operator_name
 from .rules import RULES
+from .weights import is_flag
 
 _KINDS = {
     InputKind.PARAMETER: Kind.PARAMETER,
@@ -234,6 +235,38 @@ def _resized(example: Tensor, batch: int, length: int) -> Tensor:
 
 
 def _export(model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_length: bool) -> ExportedProgram:
+    """Export; where that fails, with the flags among the model's buffers as the numbers they are now.
+
+    Call it under :func:`attributes_kept`.
+    """
+    try:
+        return _exported(model, example, dynamic_batch, dynamic_length)
+    except Exception:
+        if not _freeze_flags(model):
+            raise
+        return _exported(model, example, dynamic_batch, dynamic_length)
+
+
+class _Flag(int):
+    """What a flag says, for a forward that asks it by ``item()``, by its one index or as a condition."""
+
+    def item(self) -> int:
+        return int(self)
+
+    def __getitem__(self, index: object) -> _Flag:
+        return self
+
+
+def _freeze_flags(model: nn.Module) -> bool:
+    """Put numbers in the place of flags: no tracer follows a branch on a tensor. Whether there were any."""
+    found = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if is_flag(b)]
+    for module, name, flag in found:
+        del module._buffers[name]
+        vars(module)[name] = _Flag(flag.item())
+    return bool(found)
+
+
+def _exported(model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_length: bool) -> ExportedProgram:
     dims = {d: Dim.DYNAMIC for d, dynamic in ((0, dynamic_batch), (1, dynamic_length)) if dynamic}
     with torch.no_grad(), _traceable_helpers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

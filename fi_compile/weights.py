@@ -45,7 +45,9 @@ class WeightWatch:
         held = [*modules, *aliases, *((owner, key, tensor) for owner, key, tensor, _ in self._known)]
         self._places = tuple(owner for owner, _, _ in held), tuple(key for _, key, _ in held)
         self._objects = tuple(value for _, _, value in held)
-        self._versioned = tuple(tensor for _, _, tensor, version in self._known if version is not None)
+        versioned = [tensor for _, _, tensor, version in self._known if version is not None]
+        flags = [t for _, _, t in aliases if is_flag(t) and not t.is_inference()]
+        self._versioned = (*versioned, *flags)
         self._versions = tuple(tensor._version for tensor in self._versioned)
         self._structure = self._shape_of_model()
 
@@ -106,9 +108,10 @@ class WeightWatch:
 
 
 def _python_side(module: nn.Module) -> tuple[Any, ...]:
-    """What a module's forward may read besides its parameters: settings, tensors in containers, hooks."""
+    """What a module's forward may read besides its parameters: settings, tensors in containers, flags, hooks."""
     own = {k: v for k, v in vars(module).items() if k not in _TORCH_OWN}
-    return _settings(own), tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
+    flags = tuple((name, b.item()) for name, b in module._buffers.items() if is_flag(b))
+    return _settings(own), flags, tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
 
 
 _TORCH_OWN = frozenset(vars(nn.Module()))
@@ -139,6 +142,13 @@ class _Same:
 
     def __hash__(self) -> int:
         return id(self.what)
+
+
+def is_flag(tensor: Tensor | None) -> bool:
+    """Whether a buffer holds one whole number or truth value: what a forward may branch on."""
+    if tensor is None or tensor.numel() != 1 or tensor.is_meta:
+        return False
+    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _version(tensor: Tensor) -> int | None:
