@@ -241,10 +241,13 @@ def _export(model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_leng
     """
     try:
         return _exported(model, example, dynamic_batch, dynamic_length)
-    except Exception:
+    except Exception as error:
         if not _freeze_flags(model):
             raise
-        return _exported(model, example, dynamic_batch, dynamic_length)
+        try:
+            return _exported(model, example, dynamic_batch, dynamic_length)
+        except Exception:
+            raise error from None  # which is about the model as it is
 
 
 class _Flag(int):
