@@ -50,6 +50,12 @@ def test_spectra_of_taps_that_end_early_are_filters(count, whole):
     assert not any(mixer.kind == "region" for mixer in report.mixers)
 
 
+def test_one_spectrum_for_all_channels():
+    model, x = Kept(rfft(taps(40)[0], n=N)), features(2, LONGEST, WIDTH)
+    dec = decoder(model, x[:, :9], max_length=LONGEST)
+    assert gap(decoded(dec, x, 5), model(x)[:, 4:]) < 1e-10
+
+
 @pytest.mark.parametrize("count", [66, 100, N])
 def test_spectra_of_taps_that_wrap_around_are_refused(count):
     model, x = Kept(rfft(taps(count), n=N)), features(2, 9, WIDTH)

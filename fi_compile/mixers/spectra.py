@@ -68,7 +68,7 @@ def _taps(node: fx.Node, spectrum: Tensor) -> Taps | None:
     dims = [d for d, s in enumerate(spectrum.shape) if s == size]
     if len(dims) != 1:
         return None
-    rows = widen(spectrum).movedim(dims[0], -1).flatten(0, -2)  # a channel each
+    rows = widen(spectrum).movedim(dims[0], -1).reshape(-1, size)  # a channel each
     values = getattr(torch.fft, inverse.removeprefix("fft_"))(rows, n=n)
     tails = values.abs().square().flip(-1).cumsum(-1).flip(-1)  # energy from each lag on
     rounding = _ROUNDING * torch.finfo(spectrum.dtype).eps
