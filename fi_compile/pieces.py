@@ -83,8 +83,9 @@ def _cut(node: fx.Node) -> Cut | None:
             return None
         chain.append((current, found[0]))
         current, dim = found
-    pieces, joined = current.args[0], current.args[1] if len(current.args) > 1 else 0
-    if joined % current.meta["val"].dim() != dim or not isinstance(pieces, (list, tuple)):  # type: ignore[operator]
+    pieces: Any = current.args[0]
+    joined = _argument(current, 1, "dim", 0)
+    if joined % current.meta["val"].dim() != dim or not isinstance(pieces, (list, tuple)):
         return None
     offset: Any = 0
     for piece in pieces:
@@ -102,7 +103,7 @@ def _bounds(node: fx.Node) -> tuple[fx.Node, int, Any, Any] | None:
         assert isinstance(source, fx.Node)
         if operator_name(source.target) not in _CUTS:
             return None
-        whole, parts, index = source.args[0], source.meta["val"], node.args[1]
+        whole, parts, index = source.args[0], source.meta["val"], int(node.args[1])  # type: ignore[arg-type]
         dim = _argument(source, 2, "dim", 0) % parts[0].dim()
         ends = [
             sum((as_expr(p.shape[dim]) for p in parts[:i]), start=sympy.Integer(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ class _Same:
         return id(self.what)
 
 
-def is_flag(tensor: Tensor | None) -> bool:
+def is_flag(tensor: Tensor | None) -> TypeGuard[Tensor]:
     """Whether a buffer holds one whole number or truth value: what a forward may branch on."""
     if tensor is None or tensor.numel() != 1 or tensor.is_meta:
         return False
