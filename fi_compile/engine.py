@@ -50,6 +50,7 @@ from .passes.raise_mixers import raise_mixers
 from .pieces import with_pieces_apart
 from .program import Kind, Program, is_tensor, source_of
 from .proof import Proof, Step
+from .reach import certified_reach, check_limit, exact_up_to, furthest
 from .report import Report, Snapshot
 from .step import StepProgram
 from .text import program_text
@@ -96,7 +97,7 @@ class Engine:
         self.snapshots: list[Snapshot] = []
         check_finite(program)
         self._analyse()
-        self._check_limit()
+        check_limit(self.options.max_length, self.program.lengths.maximum, self._reach)
 
     def _analyse(self) -> None:
         self._timed("trace", lambda: None, program=self.program, rewrites=0)
@@ -108,7 +109,8 @@ class Engine:
             if bounded:
                 self.proof = self._prove(self.capacity, bounded)
                 self.verdict = "numerically bounded"
-            self._end_with_certificate(bounded)
+            if not self._all_certified():
+                self._end_with_certificate(lambda n: self._prove(n, bounded))
         self.verdicts: dict[str, str] = {}
         self.declined: dict[str, str] = {}  # units of a known kind that run as regions, and why
         self._filters: dict[tuple[str, int], Any] = {}
@@ -124,37 +126,14 @@ class Engine:
             rewrites=sum(m.reference is not None for m in derived.step.mixers),
         )
 
-    def _end_with_certificate(self, bounded: Mapping[fx.Node, float]) -> None:
-        """Stop where the certificate does: a transform of a fixed length wraps around from some length on.
-
-        Where ``max_length`` asks for more, the refusal stays, and its hint says how far it would be exact.
-        """
-        start, most = self.program.lengths.at_least(self.program.example.shape[1]), self.capacity
-        if self._all_certified() or start is None or start >= most:
+    def _end_with_certificate(self, prove: Callable[[int], Proof]) -> None:
+        """Stop where the certificate does, if nobody asked for more; else say how far it reaches."""
+        reach = certified_reach(self.program, self.capacity, lambda n: self._covers(prove(n)))
+        if reach is None or self.options.max_length is not None:
+            self.proof.refusals = [exact_up_to(r, reach) for r in self.proof.refusals]
             return
-        whole = self.proof
-        certified = None
-        while start <= most:  # certified below, refused above
-            middle = start if certified is None else (start + most) // 2
-            self.proof = self._prove(middle, bounded)
-            if self._all_certified():
-                certified, start = self.proof, middle + 1
-            elif certified is None:
-                break
-            else:
-                most = middle - 1
-        self.proof = whole
-        if certified is None:
-            return
-        reach = int(self.program.lengths.upto(most)[-1])
-        if self.options.max_length is not None:
-            hint = f"or ask for no more than it is exact for: max_length={reach}"
-            whole.refusals = [
-                replace(r, hint="; ".join(filter(None, (r.hint, hint)))) for r in whole.refusals
-            ]
-            return
-        self.proof, self._reach, self.capacity = self._prove(reach, bounded), reach, reach
-        self._end = f"the certificate ends there: {whole.refusals[0].reason}"
+        self._end = f"the certificate ends there: {self.proof.refusals[0].reason}"
+        self.proof, self._reach, self.capacity = prove(reach), reach, reach
 
     def _prove(self, capacity: int, bounded: Mapping[fx.Node, float] | None = None) -> Proof:
         proof = prove_prefix(self.program, capacity, bounded)
@@ -194,13 +173,18 @@ class Engine:
         self._filter(mixer, capacity)  # which raises where it does not
         return True
 
-    def _is_certified(self, node: fx.Node) -> bool:
+    def _is_certified(self, node: fx.Node, proof: Proof | None = None) -> bool:
         """Whether a certificate covers an output: as a sequence, as the newest row, or as a constant."""
-        moving = bool(self.analysis.axes[node].rows) or node not in self.program.input_dependent
-        return self.proof.newest(node) or (self.proof.proved(node) and moving)
+        moving, proof = bool(self.analysis.axes[node].rows), proof or self.proof
+        return proof.newest(node) or (
+            proof.proved(node) and (moving or node not in self.program.input_dependent)
+        )
+
+    def _covers(self, proof: Proof) -> bool:
+        return all(self._is_certified(o, proof) for o in self.program.outputs if is_tensor(o))
 
     def _all_certified(self) -> bool:
-        return all(self._is_certified(o) for o in self.program.outputs if is_tensor(o))
+        return self._covers(self.proof)
 
     def _check_outputs(self) -> None:
         """Accept outputs that are consistent *and* proved; raise :class:`Unsupported` on any other."""
@@ -379,12 +363,9 @@ class Engine:
         if capacity <= self._reached or self._reach is not None:
             return capacity if self._reach is None else min(capacity, self._reach)
         if not self.program.has_tables_for(capacity):
-            low, high = self.program.lengths.minimum, capacity
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if self.program.has_tables_for(middle) else (low, middle)
-            if self.program.has_tables_for(low):  # else it is not the tables' length that is at fault
-                self._reach = capacity = low
+            end = furthest(self.program.has_tables_for, self.program.lengths.minimum, capacity)
+            if end is not None:  # else it is not the tables' length that is at fault
+                self._reach = capacity = end
         self._reached = capacity
         return capacity
 
@@ -413,15 +394,6 @@ class Engine:
         wanted, most = self.options.max_length, self.program.lengths.maximum
         limits = [n for n in (wanted or self.options.capacity, most) if n is not None]
         return min(limits)
-
-    def _check_limit(self) -> None:
-        """A model that can be decoded, but not as far as was asked for."""
-        wanted = self.options.max_length
-        most = min((n for n in (self.program.lengths.maximum, self._reach) if n is not None), default=None)
-        if wanted is not None and most is not None and wanted > most:
-            raise CapacityError(
-                f"max_length={wanted} exceeds {most}, the longest sequence the model's tables and guards admit"
-            )
 
     def capacity_for(self, needed: int, *, grow: bool = False) -> int:
         """The capacity, doubled from the first one, that holds ``needed`` positions.
