@@ -56,6 +56,25 @@ def test_one_spectrum_for_all_channels():
     assert gap(decoded(dec, x, 5), model(x)[:, 4:]) < 1e-10
 
 
+class Sensitive(Kept):
+    """Taps from nodes on the unit circle, by a quotient that all but vanishes: nodes are no filter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        filter = irfft(1 / (1.0001 + self.spectrum), n=N)
+        return irfft(rfft(x.mT, n=N) * rfft(filter[..., :LONGEST], n=N), n=N)[..., : x.shape[1]].mT.to(
+            x.dtype
+        )
+
+
+def test_numbers_computed_from_a_spectrum_keep_its_own_values():
+    nodes = torch.exp(-2j * torch.pi * torch.arange(N // 2 + 1) / N).to(torch.complex64)
+    model, x = Sensitive(nodes), features(1, LONGEST, WIDTH)
+    exact = Sensitive(nodes.to(torch.complex128))  # the same numbers; the model's own arithmetic is single
+    dec = decoder(model, x[:, :9], max_length=LONGEST)
+    assert dec.report.verdict == "proved"
+    assert gap(decoded(dec, x, 5), exact(x)[:, 4:]) < 1e-9
+
+
 @pytest.mark.parametrize("count", [66, 100, N])
 def test_spectra_of_taps_that_wrap_around_are_refused(count):
     model, x = Kept(rfft(taps(count), n=N)), features(2, 9, WIDTH)

@@ -18,6 +18,21 @@ from fi_compile.program import Kind, Program, operator_name
 from fi_compile.twin import widen
 
 _ROUNDING = 4  # times the epsilon of the buffer's dtype, of the taps' norm
+_LAYOUT = frozenset(
+    {
+        "view",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "transpose",
+        "permute",
+        "t",
+        "clone",
+        "to",
+        "_to_copy",
+    }
+)
 _INVERSE = {"fft_irfft": "fft_rfft", "fft_ifft": "fft_fft"}
 
 
@@ -36,12 +51,15 @@ def with_taps(program: Program) -> tuple[Program, Mapping[str, float]]:
     """The program with every constant spectrum made from its taps, and what that drops, by the buffers' names.
 
     A buffer counts as a spectrum if it is complex, reaches an inverse transform of one fixed length that a dimension of
-    it fits, and its taps end before the period does. Parameters do not count: training moves them off any such set.
+    it fits, its taps end before the period does, and it is itself what meets the sequence: what is computed from it,
+    such as 1 / (1 + spectrum), may be far more sensitive than the buffer's rounding. Parameters do not count: training
+    moves them off any such set.
     """
     found = {
         spec.name: taps
         for spec in program.inputs
         if spec.kind in (Kind.BUFFER, Kind.CONSTANT)
+        and _meets_data(program, program.nodes[spec.name])
         and (taps := _taps(program.nodes[spec.name], program.values[spec.name])) is not None
     }
     if not found:
@@ -55,6 +73,17 @@ def with_taps(program: Program) -> tuple[Program, Mapping[str, float]]:
     graph.lint()
     changed = replace(program, module=fx.GraphModule(nn.Module(), graph))
     return changed, {name: taps.dropped for name, taps in found.items()}
+
+
+def _meets_data(program: Program, node: fx.Node) -> bool:
+    """Whether the value, at most laid out differently, only goes where the sequence goes too."""
+    if not node.users:
+        return False
+    return all(
+        user in program.input_dependent
+        or (operator_name(user.target) in _LAYOUT and _meets_data(program, user))
+        for user in node.users
+    )
 
 
 def _taps(node: fx.Node, spectrum: Tensor) -> Taps | None:
