@@ -164,6 +164,14 @@ def matters_for_one_row(asked: Iterable[sympy.Basic], program: Program) -> bool:
     return False
 
 
+def follows_rows(program: Program, trace: Callable[..., Program], rows: int, length: int) -> bool:
+    """Whether the model does the same to so many rows at a length; ``trace(length, rows, True)`` traces it there."""
+    try:
+        return is_same(program, trace(length, rows, True), np.asarray([length]), (rows,))
+    except Exception:
+        return False
+
+
 def follows_one_row(program: Program, trace: Callable[[], Program]) -> bool:
     """Whether the model does the same to a batch of one row; ``trace()`` traces it there."""
     try:

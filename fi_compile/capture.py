@@ -24,12 +24,14 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.sym_node import SymNode
 
 from .alike import is_same
-from .branches import cover_lengths, follows_one_row, matters_for_one_row
+from .branches import cover_lengths, follows_one_row, follows_rows, matters_for_one_row
 from .compare import attributes_kept, batches_agree, disagreements
 from .errors import Refusal, Unsupported
 from .exporting import export_module
-from .guards import admits_batches, admitted_lengths
+from .guards import admitted_lengths, rows_left_out
 from .program import Input, Kind, Lengths, Program
+
+_MOST_PAIRS = 2  # of a number of rows and a length that a layout excludes: so many are traced
 
 _KINDS = {
     InputKind.PARAMETER: Kind.PARAMETER,
@@ -168,9 +170,15 @@ def _trace(model: nn.Module, example: Tensor, length: int, rows: int | None, pin
                 Refusal("trace", "the model takes the number of rows in the batch for a number")
             )
         ranges = _shape_env(exported).var_to_range[program.batch]
-        if not admits_batches(program.guards, program.length, program.batch, ranges, program.lengths) or (
-            matters_for_one_row(asked, program)
-            and not follows_one_row(program, partial(_trace, model, example, length, 1, pinned))
+        trace = partial(_trace, model, example)
+        left_out = rows_left_out(program.guards, program.length, program.batch, ranges, program.lengths)
+        if (
+            left_out is None
+            or not all(follows_rows(program, trace, *pair) for pair in left_out[:_MOST_PAIRS])
+            or (
+                matters_for_one_row(asked, program)
+                and not follows_one_row(program, partial(trace, length, 1, pinned))
+            )
         ):
             raise Unsupported(Refusal("trace", "the model branches on the number of rows in the batch"))
     return program

@@ -50,6 +50,8 @@ def _admitted_upto(
         ok &= every <= int(ranges.upper)
     layout = np.ones(every.shape, dtype=bool)  # inequalities exclude single lengths: holes
     for guard in guards:
+        if batch in guard.free_symbols and isinstance(guard, sympy.Ne):
+            continue  # one number of rows at one length: see `rows_left_out`
         if length in guard.free_symbols:
             holds = evaluate_at(guard, {length: every[2:], batch: 3}, every[2:].shape).astype(bool)
             if isinstance(guard, sympy.Ne):
@@ -106,20 +108,28 @@ def _period(missing: np.ndarray) -> int:
     return 0
 
 
-def admits_batches(
+def rows_left_out(
     guards: Sequence[sympy.Basic], length: sympy.Symbol, batch: sympy.Symbol, ranges: Any, lengths: Lengths
-) -> bool:
-    """Whether guards hold for every number of rows from 2 on."""
+) -> list[tuple[int, int]] | None:
+    """Numbers of rows, from 2 on, that guards exclude at one length each: pairs of both; None where they exclude more.
+
+    Torch compares sizes of both with each other where it chooses a layout, and notes that they differed.
+    """
     if int(ranges.lower) > 2 or ranges.upper < _MOST_ROWS:
-        return False
+        return None
     rows = np.arange(2, _MOST_ROWS + 1, dtype=np.int64)
     few, some = rows[:_FEW_ROWS, None], lengths.upto(lengths.minimum + _FEW_LENGTHS)[None, :]
+    met = np.zeros(np.broadcast_shapes(few.shape, some.shape), dtype=bool)
     for guard in guards:
         if batch not in guard.free_symbols:
             continue
         alone = length not in guard.free_symbols
         at = {batch: rows} if alone else {batch: few, length: some}
-        shape = rows.shape if alone else np.broadcast_shapes(few.shape, some.shape)
-        if not evaluate_at(guard, at, shape).all():
-            return False
-    return True
+        holds = evaluate_at(guard, at, rows.shape if alone else met.shape).astype(bool)
+        if not holds.all() and (alone or not isinstance(guard, sympy.Ne)):
+            return None
+        if not alone:
+            met |= ~holds
+    if (met.sum(1) > 1).any() or (met.sum(0) > 1).any():
+        return None
+    return [(int(few[i, 0]), int(some[0, j])) for i, j in np.argwhere(met)]
