@@ -520,6 +520,10 @@ class Decoder:
             )
 
     def _check_independent(self, what: str) -> None:
+        if isinstance(self.engine.program.batch, int) and self._batch > 1:
+            raise InputError(
+                f"{what}: this model was traced for a batch of {self._batch}: rows cannot be told apart"
+            )
         if not self.engine.rows_independent:
             raise InputError(f"{what}: this model mixes the rows of a batch, so rows cannot be told apart")
 

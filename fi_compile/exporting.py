@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import sys
 import types
 import warnings
@@ -16,11 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from .program import is_integer, operator_name
-from .rules import RULES
 from .weights import is_flag
 
 
@@ -66,22 +63,7 @@ def _exported(model: nn.Module, example: Tensor, dims: Mapping[int, Any]) -> Exp
     with torch.no_grad(), _traceable_helpers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = export(model, (example,), dynamic_shapes=(dims,), strict=False)
-        table = _decompositions()
-        return exported if _is_plain(exported.graph, table) else exported.run_decompositions(table)
-
-
-def _is_plain(graph: fx.Graph, table: Mapping[Any, Any]) -> bool:
-    """Whether a graph writes to nothing and every operator is one that rules know: decomposing would change little."""
-    for node in graph.nodes:
-        if node.op != "call_function" or is_integer(node) or node.target is operator.getitem:
-            continue
-        if not isinstance(node.target, torch._ops.OpOverload):
-            return False
-        known = operator_name(node.target) in RULES and node.target not in table
-        schema = node.target._schema
-        if schema.is_mutable or (schema.returns and not known):  # what returns nothing is an assertion
-            return False
-    return True
+        return exported.run_decompositions(_decompositions())
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:

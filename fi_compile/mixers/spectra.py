@@ -83,6 +83,7 @@ def _meets_data(program: Program, node: fx.Node) -> bool:
         user in program.input_dependent
         or (operator_name(user.target) in _LAYOUT and _meets_data(program, user))
         for user in node.users
+        if user.users or user.op == "output"  # not an assertion
     )
 
 
