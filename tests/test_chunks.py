@@ -162,14 +162,15 @@ def consistent(mix: Callable[..., Tensor]) -> bool:
     return all(gap(out[50][:, :n], y) < 1e-12 for n, y in out.items())
 
 
-# Tracing takes torch half a minute each: the others with `-m slow`.
-@pytest.mark.parametrize("mix", by_speed(SOUND, lambda f: f is SOUND[0]), ids=lambda f: f.__name__)
+# Each is traced dozens of times, which takes torch minutes.
+@pytest.mark.slow
+@pytest.mark.parametrize("mix", SOUND, ids=lambda f: f.__name__)
 def test_chunks_are_certified(mix):
     assert consistent(mix)
     assert accepted(mix)
 
 
-@pytest.mark.parametrize("mix", by_speed(FLAWED, lambda f: f is FLAWED[0]), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mix", by_speed(FLAWED, lambda f: f is unmasked_within), ids=lambda f: f.__name__)
 def test_flawed_chunks_are_not(mix):
     assert not consistent(mix)
     assert not accepted(mix)

@@ -109,11 +109,11 @@ def refuse_broken(count: int) -> None:
 
 
 def test_sound_models_are_decoded_exactly():
-    decode_sound(24)
+    decode_sound(16)
 
 
 def test_broken_models_are_refused():
-    refuse_broken(16)
+    refuse_broken(8)
 
 
 @pytest.mark.slow
