@@ -22,6 +22,12 @@ def by_speed(names: Iterable[Any], is_quick: Callable[[Any], bool]) -> list[Any]
     return [pytest.param(n, marks=() if is_quick(n) else pytest.mark.slow) for n in names]
 
 
+def one_in(count: int, names: Iterable[str]) -> list[Any]:
+    """The same where one in ``count`` is quick, so that all kinds are among them."""
+    chosen = set(list(names)[::count])
+    return by_speed(names, chosen.__contains__)
+
+
 def language_model(
     *mixers: str,
     width: int = 6,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._refs import fft as reference_transforms
 
 from corpus import SPELLINGS, UNTRACEABLE
-from decoding import features, gap, ids, language_model, module
+from decoding import by_speed, features, gap, ids, language_model, module
 from fi_compile.capture import trace_module
 from fi_compile.compare import disagreements
 from fi_compile.errors import Unsupported
@@ -156,7 +156,7 @@ def test_a_forward_that_writes_to_its_buffers():
     assert "'last'" in refusal.reason
 
 
-@pytest.mark.parametrize("name", UNTRACEABLE)
+@pytest.mark.parametrize("name", by_speed(UNTRACEABLE, lambda n: n != "n_fast_length"))
 def test_python_that_no_tracer_follows(name):
     model = module(UNTRACEABLE[name][0], WIDTH, L_MAX).double()
     try:
