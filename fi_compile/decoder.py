@@ -283,8 +283,7 @@ class Decoder:
                     picks = torch.tensor([rows.index(row) for row in part])
                     lane = lane.select(picks, self._derived(len(part), lane.derived.capacity))
                 if not lane.rewind(target):
-                    lane = Lane(lane.derived, lane.batch)
-                    self._advance(lane, self._sequence[part, :target])
+                    lane = self._refilled(lane.derived, part, target)
                 lanes.append((lane, part))
         self._lanes = lanes
 
@@ -345,6 +344,12 @@ class Decoder:
             newest = list(lane.step(sequence[:, t : t + 1], self.engine.step(lane)))
         return newest
 
+    def _refilled(self, derived: Any, rows: list[int], position: int) -> Lane:
+        """A new lane for some rows, brought to a position by a forward over the inputs kept."""
+        lane = Lane(derived, len(rows))
+        self._advance(lane, self._sequence[rows, :position])
+        return lane
+
     def _fill(self, lane: Lane, sequence: Tensor) -> list[Any]:
         flat, taps = self.engine.forward(sequence, lane.derived)
         with torch.no_grad():
@@ -394,16 +399,13 @@ class Decoder:
             derived = self.engine.derived(lane.batch, capacity)
             if lane.keeps_inputs:
                 return lane.moved(derived)
-            fresh = Lane(derived, lane.batch)
-            self._advance(fresh, self._sequence[rows, : lane.position])
-            return fresh
+            return self._refilled(derived, rows, lane.position)
         except FilterGrew:
             with self._enlarged(capacity):
-                lanes = []
-                for other, members in self._lanes:
-                    fresh = Lane(self._derived(other.batch, capacity), other.batch)
-                    self._advance(fresh, self._sequence[members, : other.position])
-                    lanes.append((fresh, members))
+                lanes = [
+                    (self._refilled(self._derived(other.batch, capacity), members, other.position), members)
+                    for other, members in self._lanes
+                ]
         self._lanes = lanes
         return next(own for own, members in lanes if members == rows)
 

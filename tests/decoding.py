@@ -109,6 +109,19 @@ def forks_and_beams(net: nn.Module, dec: fi_compile.Decoder, width: int) -> None
     assert gap(dec.step(picked[:, 40]), net(picked)[:, 40]) < 1e-12
 
 
+class Net(nn.Module):
+    """``function(self, x)`` with buffers."""
+
+    def __init__(self, function: Callable[..., Tensor], **buffers: Tensor):
+        super().__init__()
+        self.function = function
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
 def gap(found: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest expected value."""
     assert found.shape == expected.shape, (found.shape, expected.shape)

@@ -3,15 +3,13 @@
 Each model once gave wrong numbers. It is refused, or exact.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fi_compile
-from decoding import decoded, decoder, gap
+from decoding import Net, decoded, decoder, gap
 
 EOS = 499
 
@@ -19,19 +17,6 @@ EOS = 499
 @pytest.fixture(autouse=True)
 def _quiet(without_gradients):
     torch.manual_seed(0)
-
-
-class Net(nn.Module):
-    """``function(self, x)`` with buffers."""
-
-    def __init__(self, function: Callable[..., Tensor], **buffers: Tensor):
-        super().__init__()
-        self.function = function
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
 
 
 def rand(*shape: int) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from decoding import decoder, features, gap
+from decoding import Net, decoder, features, gap
 from fi_compile.capture import trace_module
 from fi_compile.errors import FlashinfError, Unsupported
 from fi_compile.program import Program
@@ -19,19 +19,6 @@ WIDTH = 4
 @pytest.fixture(autouse=True)
 def _quiet(without_gradients):
     pass
-
-
-class Net(nn.Module):
-    """``function(self, x)`` with buffers, x [B, L, D]."""
-
-    def __init__(self, function: Callable[[Any, Tensor], Tensor], **buffers: Tensor):
-        super().__init__()
-        self.function = function
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
 
 
 def traced(net: Net, length: int | None, own: int = 12, batch: int = 2) -> Program:
