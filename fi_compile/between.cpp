@@ -6,9 +6,7 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/TensorBase.h>
-#include <c10/core/GradMode.h>
 #include <torch/csrc/Export.h>
-#include <torch/csrc/inductor/aoti_runtime/interface.h>
 
 #include <algorithm>
 #include <cstring>
@@ -28,7 +26,12 @@ TORCH_PYTHON_API PyObject* THPVariable_Wrap(const at::TensorBase& var);
 
 namespace {
 
-using Form = AOTInductorArrayRefTensor;
+// How a tensor lies in memory.
+struct Form {
+  char* data;
+  std::vector<int64_t> sizes, strides;
+  at::ScalarType dtype;
+};
 
 struct PythonError {};  // an exception is set already
 
@@ -74,71 +77,34 @@ int64_t integer(PyObject* object) {
 }
 
 Form form_of(const at::TensorBase& tensor) {
-  if (tensor.dim() > AOTI_ARRAYREF_TENSOR_MAX_DIMS) throw std::runtime_error("a tensor of too many dimensions");
-  Form form{};
-  form.data = tensor.data_ptr();
-  form.numel = tensor.numel();
-  form.ndim = static_cast<int32_t>(tensor.dim());
-  for (int i = 0; i < form.ndim; ++i) {
-    form.sizes[i] = tensor.size(i);
-    form.strides[i] = tensor.stride(i);
-  }
-  form.dtype = static_cast<int32_t>(tensor.scalar_type());
-  return form;
+  return {
+      static_cast<char*>(tensor.data_ptr()), tensor.sizes().vec(), tensor.strides().vec(), tensor.scalar_type()};
 }
 
 // Whether two forms lie in memory alike; strides of single entries mean nothing.
 bool alike(const Form& a, const Form& b) {
-  bool same = a.ndim == b.ndim && a.dtype == b.dtype;
-  for (int i = 0; same && i < a.ndim; ++i) {
-    same = a.sizes[i] == b.sizes[i] && (a.sizes[i] == 1 || a.strides[i] == b.strides[i]);
-  }
-  return same || (a.numel == 0 && b.numel == 0);
+  bool same = a.sizes == b.sizes && a.dtype == b.dtype;
+  for (size_t i = 0; same && i < a.sizes.size(); ++i) same = a.sizes[i] == 1 || a.strides[i] == b.strides[i];
+  return same || (a.dtype == b.dtype && a.sizes == b.sizes && std::count(a.sizes.begin(), a.sizes.end(), 0));
 }
 
 // -- Chain -----------------------------------------------------------------------------------------------------
 
-template <typename T>
-T symbol(void* library, const char* name) {
-  void* found = dlsym(library, name);
-  if (!found) throw std::runtime_error(std::string("the library lacks ") + name);
-  return reinterpret_cast<T>(found);
+// A compiled part; its library stays loaded. See pointers.py.
+using Part = void (*)(char* const* inputs, char* const* outputs);
+
+Part part_of(const char* path) {
+  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  if (!library) throw std::runtime_error(dlerror());
+  void* found = dlsym(library, "flashinf_part");
+  if (!found) throw std::runtime_error("the library has no part of a step");
+  return reinterpret_cast<Part>(found);
 }
 
-// A compiled part; its library stays loaded.
-struct Part {
-  AOTInductorModelHandle model = nullptr;
-  decltype(&AOTInductorModelRunMinimalArrayrefInterfaceV2) run;
-  decltype(&AOTInductorModelDelete) remove;
-  decltype(&AOTInductorGetLastError) last_error;
-
-  explicit Part(const char* path) {
-    void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!library) throw std::runtime_error(dlerror());
-    run = symbol<decltype(run)>(library, "AOTInductorModelRunMinimalArrayrefInterfaceV2");
-    remove = symbol<decltype(remove)>(library, "AOTInductorModelDelete");
-    last_error = symbol<decltype(last_error)>(library, "AOTInductorGetLastError");
-    auto create = symbol<decltype(&AOTInductorModelCreateV2)>(library, "AOTInductorModelCreateV2");
-    check(create(&model, nullptr, 0));
-  }
-  Part(const Part&) = delete;
-  Part& operator=(const Part&) = delete;
-  ~Part() {
-    if (model) remove(model);
-  }
-  void check(AOTIRuntimeError code) const {
-    const char* message = "";
-    if (code != 0) {
-      last_error(&message);
-      throw std::runtime_error(std::string("a compiled part of the step failed: ") + message);
-    }
-  }
-};
-
 struct Call {
-  std::shared_ptr<Part> part;
+  Part part;
   std::vector<size_t> inputs, outputs;  // numbers of values
-  std::vector<Form> given, made;
+  std::vector<char*> given, made;
 };
 
 struct Plan {
@@ -188,19 +154,15 @@ std::unique_ptr<Plan> planned(PyObject* tensors, size_t known, PyObject* fed, Py
   for (size_t out : plan->outputs) {
     if (out < known) throw std::runtime_error("an output that is an input");
   }
-  std::vector<std::pair<std::string, std::shared_ptr<Part>>> parts;
   for (Py_ssize_t i = 0; i < PyTuple_Size(calls); ++i) {
     PyObject* entry = item(calls, i);
     const char* path = PyUnicode_AsUTF8(item(entry, 0));
     if (!path) throw PythonError();
     Call call;
-    for (auto& [name, part] : parts) {
-      if (name == path) call.part = part;
-    }
-    if (!call.part) parts.emplace_back(path, call.part = std::make_shared<Part>(path));
+    call.part = part_of(path);
     call.inputs = numbers(item(entry, 1), count);
     call.outputs = numbers(item(entry, 2), count);
-    for (size_t in : call.inputs) call.given.push_back(plan->values[in]);
+    call.given.resize(call.inputs.size());
     call.made.resize(call.outputs.size());
     plan->calls.push_back(std::move(call));
   }
@@ -219,19 +181,10 @@ void locate(Plan& plan, size_t value, const at::TensorBase& tensor) {
 }
 
 void run_calls(Plan& plan) {
-  c10::AutoGradMode without_gradients(false);
   for (auto& call : plan.calls) {
-    for (size_t i = 0; i < call.inputs.size(); ++i) call.given[i].data = plan.values[call.inputs[i]].data;
-    call.part->check(call.part->run(
-        call.part->model, static_cast<int32_t>(call.given.size()), call.given.data(),
-        static_cast<int32_t>(call.made.size()), call.made.data()));
-    for (size_t i = 0; i < call.outputs.size(); ++i) {
-      // What a call made is the library's until its next call.
-      const Form& wanted = plan.values[call.outputs[i]];
-      if (!alike(call.made[i], wanted)) throw std::runtime_error("a part made a value of another form");
-      const auto size = c10::elementSize(static_cast<at::ScalarType>(wanted.dtype));
-      std::memcpy(wanted.data, call.made[i].data, size * static_cast<size_t>(wanted.numel));
-    }
+    for (size_t i = 0; i < call.inputs.size(); ++i) call.given[i] = plan.values[call.inputs[i]].data;
+    for (size_t i = 0; i < call.outputs.size(); ++i) call.made[i] = plan.values[call.outputs[i]].data;
+    call.part(call.given.data(), call.made.data());
   }
 }
 
@@ -263,7 +216,10 @@ PyObject* chain_call(PyObject* object, PyObject* args, PyObject* kwargs) {
     }
     for (size_t i = 0; i < plan.known; ++i) {
       const auto& tensor = unpack(PyTuple_GET_ITEM(self->tensors, static_cast<Py_ssize_t>(i)));
-      if (tensor.data_ptr() != plan.values[i].data) locate(plan, i, tensor);
+      const Form& form = plan.values[i];
+      const bool there = tensor.data_ptr() == form.data && tensor.sizes().equals(form.sizes) &&
+          tensor.strides().equals(form.strides) && tensor.scalar_type() == form.dtype;
+      if (!there) locate(plan, i, tensor);
     }
     for (size_t i = 0; i < plan.fed.size(); ++i) {
       locate(plan, plan.fed[i], unpack(PyTuple_GET_ITEM(args, static_cast<Py_ssize_t>(i))));
@@ -276,10 +232,8 @@ PyObject* chain_call(PyObject* object, PyObject* args, PyObject* kwargs) {
         continue;
       }
       const Form& form = plan.values[value];
-      const auto dims = static_cast<size_t>(form.ndim);
-      outputs.push_back(at::detail::empty_strided_cpu(
-          {form.sizes, dims}, {form.strides, dims}, static_cast<at::ScalarType>(form.dtype)));
-      plan.values[value].data = outputs.back().data_ptr();
+      outputs.push_back(at::detail::empty_strided_cpu(form.sizes, form.strides, form.dtype));
+      plan.values[value].data = static_cast<char*>(outputs.back().data_ptr());
     }
     PyThreadState* thread = PyEval_SaveThread();
     try {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .extension import between
-from .layers import Call, Layers, Run
+from .layers import Call, Layers, Run, returned_values
 from .native import Native
 
 Step = Callable[[], list[Tensor]]
@@ -20,10 +20,10 @@ Step = Callable[[], list[Tensor]]
 def bind_linked(layers: Layers, runs: Sequence[Run], inputs: Sequence[Tensor]) -> Step:
     """What ``layers.bind(runs, inputs)`` is, with consecutive calls of native libraries in one.
 
-    Without the extension, or libraries to link, it is just that. Raises RuntimeError where a library makes values in
-    another layout than its part says.
+    Without the extension, or libraries to link, it is just that. Raises RuntimeError where a tensor does not lie in
+    memory as a library takes it.
     """
-    bare = [isinstance(run, Native) and run.bare for run in runs]
+    bare = [isinstance(run, Native) and run.by_pointers for run in runs]
     if not any(bare) or between() is None:
         return layers.bind(runs, inputs)
     linked: list[Run] = []
@@ -65,6 +65,7 @@ def _chain(
     for call in calls:
         run = runs[call.part]
         assert isinstance(run, Native)
+        run.check([tensors[number[v]] for v in call.inputs])
         read, left = (tuple(number[v] for v in values) for values in (call.inputs, call.outputs))
         steps.append((str(run.library), read, left))
     extension: Any = between()
@@ -82,10 +83,6 @@ def _made(layers: Layers) -> dict[int, Tensor]:
     forms = {}
     with torch.inference_mode(False):
         for call in layers.calls:
-            (returned,) = (n.args[0] for n in layers.parts[call.part].graph.nodes if n.op == "output")
-            assert isinstance(returned, (tuple, list))
-            for value, node in zip(call.outputs, returned, strict=True):
-                assert isinstance(node, torch.fx.Node)
-                val = node.meta["val"]
+            for value, val in zip(call.outputs, returned_values(layers.parts[call.part]), strict=True):
                 forms[value] = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype)
     return forms

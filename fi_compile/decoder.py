@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from .capture import trace_module
 from .engine import Engine
 from .errors import CapacityError, DecoderBroken, InputError, Refusal, Unsupported, WeightsChanged
-from .extension import between
+from .extension import between, prepare
 from .lane import Lane
 from .mixers.convolution import FilterGrew
 from .options import Options, read_options
@@ -61,6 +61,8 @@ def build_engine(model: nn.Module, example: Tensor, options: Options) -> Engine:
     refusals = _active_dropout(model)
     if refusals:
         raise Unsupported(*refusals)
+    if options.step != "eager" and example.device.type == "cpu":
+        prepare()
     program = trace_module(model, example, length=options.max_length)
     return Engine(program, options, model)
 

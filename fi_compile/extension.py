@@ -6,13 +6,15 @@ It does nothing that is not written in Python too: :meth:`Layers.bind`, :meth:`W
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import importlib.machinery
 import importlib.util
 import logging
 import sys
 import tempfile
-from functools import cache
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,34 @@ from .kept import cache_directory, keep, known, machine
 
 log = logging.getLogger(__name__)
 
+_found: list[Any] = []  # the extension, once it was looked for
+_lock = threading.Lock()
+
 _SOURCE = Path(__file__).with_name("between.cpp")
 
 
-@cache
 def between() -> Any | None:
     """The extension, or None where it cannot be built."""
-    made_by = torch.__version__, sys.implementation.cache_tag, machine()
+    if not _found:
+        with _lock:
+            if not _found:
+                _found.append(_between())
+    return _found[0]
+
+
+def prepare() -> None:
+    """Begin to build the extension, where it has to be built, in a thread of its own."""
+    if not _found and not _place().with_suffix(".json").exists():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(
+                "torch._inductor.cpp_builder"
+            )  # not while another thread imports from torch
+        threading.Thread(target=between, name="flashinf extension").start()
+
+
+def _between() -> Any | None:
     try:
-        key = hashlib.sha256(_SOURCE.read_bytes() + repr(made_by).encode()).hexdigest()
-        place = cache_directory() / "extension" / key
+        place = _place()
         try:
             library = known(place)
             if library is not None:
@@ -43,6 +63,12 @@ def between() -> Any | None:
     except Exception as error:
         log.info("steps run without the extension: %s: %s", type(error).__name__, error)
         return None
+
+
+def _place() -> Path:
+    made_by = torch.__version__, sys.implementation.cache_tag, machine()
+    key = hashlib.sha256(_SOURCE.read_bytes() + repr(made_by).encode()).hexdigest()
+    return cache_directory() / "extension" / key
 
 
 def _built(folder: Path) -> Path:

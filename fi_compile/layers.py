@@ -253,6 +253,23 @@ def tensor_form(node: fx.Node) -> Any:
     )
 
 
+def returned_values(part: fx.GraphModule) -> list[Tensor]:
+    """Tensors of the shapes, strides and dtypes of what a part returns, without contents."""
+    (output,) = (node for node in part.graph.nodes if node.op == "output")
+    return [node.meta["val"] for node in _reads(output)]
+
+
+def lies_as(tensor: Tensor, form: Tensor) -> bool:
+    """Whether a tensor has another's shape, dtype and strides."""
+    same = (tensor.dtype, tensor.shape) == (form.dtype, form.shape)
+    return same and strided_alike(form.shape, tensor.stride(), form.stride())
+
+
+def strided_alike(shape: Sequence[int], one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether tensors of a shape lie alike in memory; strides of single entries mean nothing."""
+    return 0 in shape or all(n == 1 or s == t for n, s, t in zip(shape, one, other, strict=True))
+
+
 def _numbered(keys: Iterable[str]) -> list[int]:
     known: dict[str, int] = {}
     return [known.setdefault(key, len(known)) for key in keys]

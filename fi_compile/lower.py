@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .chain import bind_linked
 from .errors import FlashinfWarning
 from .layers import Layers, Run, is_write, returns_written, split_layers, whole
-from .native import INDUCTOR, Native, compile_native
+from .native import INDUCTOR, Native, compile_native, generating
 from .step import StepProgram
 
 log = logging.getLogger(__name__)
@@ -104,10 +107,9 @@ class CompiledStep:
         """Compile each part, and see that it computes what its graph does."""
         with torch.inference_mode(False), torch.no_grad():
             inputs = self._inputs_of_parts(example)
-            for i, part in enumerate(self.layers.parts):
-                operators = sum(node.op == "call_function" for node in part.graph.nodes)
-                if operators >= _FEWEST_NODES[how]:
-                    self.runs[i] = _compiled(part, inputs[i], how)
+            parts = list(enumerate(self.layers.parts))
+            with _only_own_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+                self.runs = list(pool.map(lambda entry: _compiled(entry[1], inputs[entry[0]], how), parts))
             wrong = self._wrong_parts(example)
             for i in wrong:
                 self.runs[i] = _uncompiled(self.layers.parts[i])
@@ -253,7 +255,9 @@ def _apart(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _compiled(part: fx.GraphModule, example: list[Tensor], how: str) -> Run:
-    """A part compiled, in the first of the ways that works."""
+    """A part compiled, in the first of the ways that works, if it is worth it."""
+    if sum(node.op == "call_function" for node in part.graph.nodes) < _FEWEST_NODES[how]:
+        return _uncompiled(part)
     reasons = []
     for way in {"aot": (compile_native, _inductor), "inductor": (_inductor,)}[how]:
         try:
@@ -266,14 +270,23 @@ def _compiled(part: fx.GraphModule, example: list[Tensor], how: str) -> Run:
     return _uncompiled(part)
 
 
+@contextlib.contextmanager
+def _only_own_warnings() -> Iterator[None]:
+    """Without warnings about torch's own insides, of whatever thread."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        if issubclass(warning.category, FlashinfWarning):
+            warnings.warn(warning.message, stacklevel=4)
+
+
 def _inductor(part: fx.GraphModule, example: list[Tensor]) -> Run:
-    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    with config.patch(INDUCTOR), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about torch's own insides
+    with generating(INDUCTOR):
         function: Any = compile_fx(part, example)
-        return lambda args: function(*args)
+    return lambda args: function(*args)
 
 
 def _uncompiled(part: fx.GraphModule) -> Run:

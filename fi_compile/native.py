@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import hashlib
 import logging
+import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ from torch import Tensor, fx
 
 from .errors import FlashinfWarning
 from .kept import cache_directory, keep, known, machine
-from .layers import tensor_form
+from .layers import lies_as, returned_values, tensor_form
 
 log = logging.getLogger(__name__)
+
+ENTRY = "flashinf_part"  # what a library that is called with pointers exports; see pointers.py
 
 INDUCTOR: dict[str, Any] = {
     "realize_opcount_threshold": 0,  # else a norm is recomputed for every row of the product that follows
@@ -34,26 +37,35 @@ INDUCTOR: dict[str, Any] = {
     "reorder_for_locality": False,  # it moves writes before reads, and what is written is then copied whole
 }
 
-# The library is called with bare pointers, and keeps what is between its operators on the stack: creating and
-# counting tensors took longer than the arithmetic of a layer of 64 channels.
-_BARE: dict[str, Any] = {
-    "aot_inductor.allow_stack_allocation": True,
-    "aot_inductor.use_minimal_arrayref_interface": True,
-}
-_ENTRY = "AOTInductorModelRunMinimalArrayrefInterfaceV2"
+# What the compiler can do is not tried out first, which takes ten seconds: where it cannot, compilation fails.
+_UNTRIED: dict[str, Any] = {"cpp.vec_isa_ok": True}
+
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Native:
-    """A part of the step as a library on disk, called with a list of tensors."""
+    """A part of the step as a library on disk, called with a list of tensors.
+
+    ``by_pointers``: it is called with their addresses, and trusts that they lie as its part's inputs.
+    """
 
     library: Path
+    part: fx.GraphModule
+    by_pointers: bool
     run: Callable[[list[Any]], Sequence[Tensor]]
-    bare: bool  # whether it may be called with pointers
 
     def __call__(self, args: list[Any]) -> Sequence[Tensor]:
-        """The part's outputs; what it writes, it writes in place."""
+        """The part's outputs; what it writes, it writes in place. Raises RuntimeError as `check`."""
+        if self.by_pointers:
+            self.check(args)
         return self.run(args)
+
+    def check(self, args: Sequence[Tensor]) -> None:
+        """Raise RuntimeError where tensors do not lie in memory as those the part was compiled for."""
+        for node, arg in zip(self.part.graph.find_nodes(op="placeholder"), args, strict=True):
+            if not lies_as(arg, node.meta["val"]):
+                raise RuntimeError(f"{node.name} has another shape, layout or dtype than it was compiled for")
 
 
 def compile_native(part: fx.GraphModule, example: Sequence[Tensor]) -> Native:
@@ -66,62 +78,59 @@ def compile_native(part: fx.GraphModule, example: Sequence[Tensor]) -> Native:
     try:
         library = known(place)
         if library is not None:
-            return _load(library)
+            return _load(library, part)
     except Exception as error:
         warnings.warn(
             f"the compiled step in {place} is not usable ({error}); compiled anew",
             FlashinfWarning,
             stacklevel=2,
         )
-    return _load(keep(Path(_compile(part, example)), place))
-
-
-def _compile(part: fx.GraphModule, example: Sequence[Tensor]) -> str:
-    from torch._inductor import aot_compile, config
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about torch's own insides
-        try:
-            with config.patch(INDUCTOR | _BARE), _bare_wrapper():
-                return str(aot_compile(part, tuple(example)))
-        except Exception as error:  # operators of a library of their own take tensors
-            log.info("a part of the step is called with tensors, not pointers: %s", error)
-        with config.patch(INDUCTOR):
-            return str(aot_compile(part, tuple(example)))
+    with tempfile.TemporaryDirectory() as folder:
+        return _load(keep(_compile(part, example, Path(folder)), place), part)
 
 
 @contextlib.contextmanager
-def _bare_wrapper() -> Iterator[None]:
-    """What wraps kernels for bare pointers; TorchInductor decides on it once in a process, at its first use."""
-    from torch._inductor.codegen import common
-    from torch._inductor.codegen.cpp_wrapper_cpu_array_ref import CppWrapperCpuArrayRef
-    from torch._inductor.virtualized import V
+def generating(options: dict[str, Any]) -> Iterator[None]:
+    """TorchInductor with these options, for one thread at a time; the C++ compiler works beside it."""
+    from torch._inductor import config
 
-    class Bare(CppWrapperCpuArrayRef):
-        @staticmethod
-        def create(
-            is_subgraph: bool, subgraph_name: Any, parent_wrapper: Any, partition_signatures: Any = None
-        ) -> Bare:
-            return Bare()
-
-        def generate_return(self, output_refs: list[str]) -> None:
-            if len(set(output_refs)) < len(output_refs) or V.graph.constants or V.extern_kernel_nodes:
-                raise NotImplementedError("outputs in one memory, constants, or operators called by name")
-            super().generate_return(output_refs)
-
-    common.init_backend_registration()
-    usual = common.device_codegens["cpu"]
-    common.device_codegens["cpu"] = dataclasses.replace(usual, cpp_wrapper_codegen=Bare)
-    try:
+    with _lock, config.patch(options), torch.no_grad():
         yield
-    finally:
-        common.device_codegens["cpu"] = usual
 
 
-def _load(library: Path) -> Native:
+def _compile(part: fx.GraphModule, example: Sequence[Tensor], folder: Path) -> Path:
+    from torch._inductor import aot_compile
+
+    from .pointers import builder_of, generate_source
+
+    try:
+        with generating(INDUCTOR | _UNTRIED):
+            builder = builder_of(generate_source(part, example), folder)
+        builder.build()
+        return Path(builder.get_target_file_path())
+    except Exception as error:  # operators of a library of their own take tensors
+        log.info("a part of the step is called with tensors, not pointers: %s", error)
+    with generating(INDUCTOR):
+        return Path(str(aot_compile(part, tuple(example))))
+
+
+def _load(library: Path, part: fx.GraphModule) -> Native:
+    if hasattr(loaded := ctypes.CDLL(str(library)), ENTRY):
+        return Native(library, part, True, _called(getattr(loaded, ENTRY), returned_values(part)))
     loader: Any = torch._C
-    run = loader._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run
-    return Native(library, run, hasattr(ctypes.CDLL(str(library)), _ENTRY))
+    return Native(library, part, False, loader._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run)
+
+
+def _called(entry: Any, outputs: Sequence[Tensor]) -> Callable[[list[Any]], Sequence[Tensor]]:
+    def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+        return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+    def run(args: list[Any]) -> Sequence[Tensor]:
+        made = [torch.empty_strided(out.shape, out.stride(), dtype=out.dtype) for out in outputs]
+        entry(addresses(args), addresses(made))
+        return made
+
+    return run
 
 
 def _key(part: fx.GraphModule) -> str:
@@ -130,7 +139,7 @@ def _key(part: fx.GraphModule) -> str:
     made_by = (
         torch.__version__,
         version("flashinf"),
-        sorted((INDUCTOR | _BARE).items()),
+        sorted((INDUCTOR | _UNTRIED).items()),
         torch.get_num_threads(),
     )
     return hashlib.sha256(repr((part.code, forms, made_by, machine())).encode()).hexdigest()

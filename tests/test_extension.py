@@ -361,9 +361,9 @@ def test_a_decoder_kept_by_its_model_is_freed_with_it():
 @pytest.fixture
 def fresh(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("FLASHINF_CACHE_DIR", str(tmp_path))
-    extension.between.cache_clear()
+    extension._found.clear()
     yield tmp_path
-    extension.between.cache_clear()
+    extension._found.clear()
 
 
 def test_without_a_compiler_there_is_none(fresh, monkeypatch, caplog):
@@ -387,12 +387,12 @@ def test_it_is_kept_and_built_anew_where_it_was_damaged(fresh, monkeypatch):
     built = []
     build = extension._built
     monkeypatch.setattr(extension, "_built", lambda folder: built.append(1) or build(folder))
-    extension.between.cache_clear()
+    extension._found.clear()
     assert extension.between() is not None
     assert not built
     library.unlink()  # a process that has loaded it keeps its own
     library.write_bytes(b"damaged")
-    extension.between.cache_clear()
+    extension._found.clear()
     assert extension.between() is not None
     assert built
 
@@ -406,6 +406,6 @@ def test_a_directory_that_cannot_be_written_is_no_obstacle(fresh, monkeypatch):
 def test_reading_the_machine_and_torch_is_part_of_its_name(fresh, monkeypatch):
     assert extension.between() is not None
     monkeypatch.setattr(extension, "machine", lambda: ("another",))
-    extension.between.cache_clear()
+    extension._found.clear()
     assert extension.between() is not None
     assert len(OrderedDict.fromkeys((kept.cache_directory() / "extension").glob("*.so"))) == 2

@@ -39,9 +39,9 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     compile_part = native._compile
 
-    def counting(part, example):
+    def counting(part, example, folder):
         seen.append(part.code)
-        return compile_part(part, example)
+        return compile_part(part, example, folder)
 
     monkeypatch.setattr(native, "_compile", counting)
     return seen
@@ -312,7 +312,7 @@ def test_the_cache(tmp_path: Path, monkeypatch, compilations):
     # Written anew from what the compiler made before: what counts is that a damaged file is not loaded.
     kept = tmp_path / "kept"
     kept.write_bytes(good)
-    monkeypatch.setattr(native, "_compile", lambda *_: compilations.append("") or str(kept))
+    monkeypatch.setattr(native, "_compile", lambda *_: compilations.append("") or kept)
     for count, damage in enumerate(damages.values(), 2):
         library.unlink()  # in use: a damaged file is another file
         library.write_bytes(good)

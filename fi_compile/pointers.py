@@ -1,0 +1,201 @@
+"""pointers: what TorchInductor generates around a part's kernels, as one C function of pointers.
+
+AOTInductor's own wrapper knows shapes, devices, errors and weights, and takes ten times as long to compile as the
+kernels of a layer. A part of static shapes whose tensors lie where its caller says needs none of it::
+
+    extern "C" void flashinf_part(char* const* inputs, char* const* outputs);
+
+Buffers between kernels lie on the stack, or in memory of the call's own where they are large.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._inductor import codecache, ir
+from torch._inductor.codegen import common
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.virtualized import V
+
+from .layers import returned_values, strided_alike
+from .native import ENTRY
+
+_ALIGNMENT = 64  # bytes, of a buffer
+_MOST_ON_STACK = 1 << 17  # bytes, of all buffers on the stack
+
+_HEADER = f"""
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+// Kernels are called with pointers to these, whose insides do not matter here.
+namespace at {{
+struct BFloat16; struct Half; template <typename> struct complex;
+struct Float8_e4m3fn; struct Float8_e5m2; struct Float8_e4m3fnuz; struct Float8_e5m2fnuz;
+}}
+struct Free {{ void operator()(char* p) const {{ ::operator delete(p, std::align_val_t({_ALIGNMENT})); }} }};
+"""
+
+
+def generate_source(part: fx.GraphModule, example: Sequence[Tensor]) -> str:
+    """The C++ of a part: its kernels, and ``flashinf_part`` around them.
+
+    ``example``: tensors that lie as the part's inputs do. Raises NotImplementedError where something other than a
+    kernel is called, or whatever TorchInductor raises.
+    """
+    from torch._inductor import aot_compile
+
+    outputs, found = tuple(returned_values(part)), []
+
+    class Wrapper(_Wrapper):
+        expected = outputs
+
+        @staticmethod
+        def create(*_: Any, **__: Any) -> Wrapper:
+            return Wrapper()
+
+    class Compiler:
+        @staticmethod
+        def compile(graph: Any, wrapper: str, kernels: str, *_: Any, **__: Any) -> str:
+            found.append(f"{kernels}\n{wrapper}")
+            return ""
+
+    common.init_backend_registration()
+    usual = common.device_codegens["cpu"], codecache.AotCodeCompiler
+    common.device_codegens["cpu"] = dataclasses.replace(usual[0], cpp_wrapper_codegen=Wrapper)
+    codecache.AotCodeCompiler = Compiler
+    try:
+        aot_compile(part, tuple(example))
+    finally:
+        common.device_codegens["cpu"], codecache.AotCodeCompiler = usual
+    (source,) = found
+    return source
+
+
+def builder_of(source: str, folder: Path) -> CppBuilder:
+    """What builds a part's source in a folder, with TorchInductor's present options."""
+    path = folder / "part.cpp"
+    path.write_text(source)
+    options = CppTorchOptions(vec_isa=pick_vec_isa(), aot_mode=True)
+    return CppBuilder("part", str(path), options, str(folder))
+
+
+class _Wrapper(CppWrapperCpu):
+    expected: tuple[Tensor, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_stack = 0
+
+    # -- the frame -----------------------------------------------------------------------------------------
+
+    def write_header(self) -> None:
+        self.header.splice(_HEADER)
+
+    def write_prefix(self) -> None:
+        pass
+
+    def finalize_prefix(self) -> None:
+        pass
+
+    def write_wrapper_decl(self) -> None:
+        if V.graph.constants:
+            raise NotImplementedError("constants in the graph")
+        self.prefix.writeline(f'extern "C" void {ENTRY}(char* const* inputs, char* const* outputs) {{')
+        for i, (name, value) in enumerate(V.graph.graph_inputs.items()):
+            if isinstance(value, sympy.Expr):
+                raise NotImplementedError("numbers among the inputs")
+            self.prefix.writeline(f"  char* {name} = inputs[{i}];")
+
+    def generate_return(self, output_refs: list[str]) -> None:
+        if len(output_refs) != len(self.expected):
+            raise NotImplementedError("other outputs than the graph has")
+        outputs = zip(output_refs, V.graph.graph_outputs, self.expected, strict=True)
+        for i, (ref, value, form) in enumerate(outputs):
+            if isinstance(value, (ir.ShapeAsConstantBuffer, ir.NoneAsConstantBuffer)):
+                raise NotImplementedError("an output that is no tensor")
+            shape, strides = ([_number(n) for n in ns] for ns in (value.get_size(), value.get_stride()))
+            same = (value.get_dtype(), shape) == (form.dtype, list(form.shape))
+            if not same or not strided_alike(shape, strides, form.stride()):
+                raise NotImplementedError("an output of another form than the graph's")
+            self.wrapper_call.writeline(
+                f"std::memcpy(outputs[{i}], {ref}, {form.numel() * form.element_size()});"
+            )
+
+    def generate_before_suffix(self, result: Any) -> None:
+        result.writeline("}")
+
+    def generate_end(self, result: Any) -> None:
+        pass
+
+    # -- memory --------------------------------------------------------------------------------------------
+
+    def make_buffer_allocation(self, buffer: Any) -> str:
+        name = buffer.get_name()
+        elements = V.graph.get_allocation_storage_size(buffer)
+        size = max(1, _number(elements) * buffer.get_dtype().itemsize)
+        if self.on_stack + size <= _MOST_ON_STACK:
+            self.on_stack += size
+            return f"alignas({_ALIGNMENT}) char {name}_memory[{size}]; char* {name} = {name}_memory;"
+        new = f"static_cast<char*>(::operator new({size}, std::align_val_t({_ALIGNMENT})))"
+        return f"std::unique_ptr<char, Free> {name}_memory({new}); char* {name} = {name}_memory.get();"
+
+    def make_buffer_free(self, buffer: Any) -> str:
+        return ""
+
+    def make_free_by_names(self, names_to_del: list[str]) -> str:
+        return ""
+
+    def make_buffer_reuse(self, old: Any, new: Any, delete_old: bool) -> str:
+        return f"char* {new.get_name()} = {old.get_name()};"
+
+    def codegen_reinterpret_view(
+        self,
+        data: Any,
+        size: Any,
+        stride: Any,
+        offset: Any,
+        writeline: Callable[..., None],
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        base = data
+        while isinstance(base, (ir.TensorBox, ir.StorageBox)):
+            base = base.data
+        if not isinstance(base, ir.Buffer) or _number(base.get_layout().offset):
+            raise NotImplementedError("a view of a view")
+        itemsize = base.get_dtype().itemsize
+        if dtype is not None and dtype.itemsize != itemsize:
+            raise NotImplementedError("a view of another size")
+        return f"({base.get_name()} + {_number(offset) * itemsize})"
+
+    # -- calls ---------------------------------------------------------------------------------------------
+
+    def _generate_kernel_call_helper(
+        self, kernel_name: str, call_args: Any, *, arg_types: Any = None, **_: Any
+    ) -> None:
+        args = [f"({kind})({arg})" for arg, kind in zip(call_args, arg_types, strict=True)]
+        self.writeline(self.wrap_kernel_call(kernel_name, args))
+
+    def generate_extern_kernel_alloc(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("an operator called by name")
+
+    def generate_extern_kernel_out(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("an operator called by name")
+
+    def generate_fallback_kernel(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("an operator called by name")
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, sympy.Expr) and not value.is_Integer:
+        raise NotImplementedError("a size that is not a number")
+    return int(value)
