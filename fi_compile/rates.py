@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,9 +29,11 @@ from .kernels.tile import add_tile_direct
 from .mixers.tiles import KeptSpectra, TileWork, TorchTiles
 from .schedule import Tile
 
-VERSION = 1
+VERSION = 2
 # Values of each array that is measured on: together they fit in no cache.
 _VALUES = 1 << 22
+# How long a rate is tried at least. Two threads beside another process wait for each other most of the time.
+_SECONDS = 0.1
 
 
 def rates_of_machine() -> Rates:
@@ -73,8 +76,8 @@ def _time_tile(data: Tensor, side: int, blocks: int) -> float:
         work.run(piece)
     work = TileWork(tiles, tile, history, pending, kept)
     # By pieces: short enough to run undisturbed now and then on a machine that is busy.
-    times = [_time(lambda piece=piece: work.run(piece)) for _ in range(5) for piece in range(work.count)]
-    return min(times) * work.count / (_VALUES // 4)
+    pieces = cycle(range(work.count))
+    return _fastest(lambda: work.run(next(pieces)), 5 * work.count) * work.count / (_VALUES // 4)
 
 
 def _time_direct() -> float:
@@ -105,9 +108,12 @@ def _time_piece(times: int = 50) -> float:
     return _fastest(lambda: [work.run(0) for _ in range(times)]) / times
 
 
-def _fastest(run: Callable[[], Any]) -> float:
-    """Seconds of the fastest of a few runs: what others do on the machine only ever adds."""
-    return min(_time(run) for _ in range(5))
+def _fastest(run: Callable[[], Any], least: int = 5) -> float:
+    """Seconds of the fastest of many runs: what others do on the machine only ever adds."""
+    end, times = perf_counter() + _SECONDS, []
+    while len(times) < least or perf_counter() < end:
+        times.append(_time(run))
+    return min(times)
 
 
 def _time(run: Callable[[], Any]) -> float:
