@@ -127,7 +127,7 @@ class CompiledStep:
             ours, theirs = self._trial(example), self._trial(example)
             pairs = [*zip(self.layers.bind(self.runs, ours)(), self.graph_module(*theirs), strict=True)]
             pairs += [(ours[place], theirs[place]) for place in _written(self.graph_module)]
-            return all(_agree(a, b) for a, b in pairs)
+            return all(_agree(a, b, _tolerance(self.graph_module)) for a, b in pairs)
 
     def _linked_truly(self, example: list[Tensor]) -> bool:
         """Whether the native parts as one call compute and write what the whole graph does, over some steps."""
@@ -142,7 +142,7 @@ class CompiledStep:
                         self._go_to(state, position)
                     pairs = [*zip(run(), self.graph_module(*theirs), strict=True)]
                     pairs += [(theirs[place], ours[place]) for place in _written(self.graph_module)]
-                    if not all(_agree(a, b) for a, b in pairs):
+                    if not all(_agree(a, b, _tolerance(self.graph_module)) for a, b in pairs):
                         raise RuntimeError("it disagrees with the step's graph")
             except RuntimeError as error:
                 log.warning("the parts of the step are called one by one: %s", error)
@@ -183,13 +183,13 @@ class CompiledStep:
 
         def comparing(i: int) -> Run:
             part, run = _uncompiled(self.layers.parts[i]), self.runs[i]
-            written = _written(self.layers.parts[i])
+            written, tolerance = _written(self.layers.parts[i]), _tolerance(self.layers.parts[i])
 
             def compare(args: list[Tensor]) -> Sequence[Tensor]:
                 own = [_copy(a) if place in written else a for place, a in enumerate(args)]
                 found, expected = run(own), part(args)
                 pairs = [*zip(expected, found, strict=True), *((args[w], own[w]) for w in written)]
-                if not all(_agree(a, b) for a, b in pairs):
+                if not all(_agree(a, b, tolerance) for a, b in pairs):
                     wrong.add(i)
                 return expected
 
@@ -307,13 +307,27 @@ def _copy(value: Tensor) -> Tensor:
     )
 
 
-def _agree(a: Tensor, b: Tensor) -> bool:
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest entry; narrower ones: a tenth
+
+
+def _tolerance(module: fx.GraphModule) -> float:
+    """What a graph's compiled form may differ by: that of the narrowest numbers in it, whatever it returns."""
+    dtypes = {val.dtype for node in module.graph.nodes for val in _tensors(node.meta.get("val"))}
+    narrow = {dtype.to_real() if dtype.is_complex else dtype for dtype in dtypes}
+    return max((_TOLERANCES.get(dtype, 0.1) for dtype in narrow if dtype.is_floating_point), default=0.0)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if a.is_complex():
         a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
     if not a.is_floating_point():
         return bool(torch.equal(a, b))
     if not a.numel():
         return True
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(a.dtype, 0.1)
     scale = float(a.abs().max())
     return bool(((a - b).abs() <= tolerance * max(scale, 1e-30)).all())

@@ -256,6 +256,29 @@ def test_a_part_that_forgets_its_state_runs_uncompiled(monkeypatch):
     assert gap(dec.extend(sequence[:, 8:]), model(sequence)[:, 8:]) < 1e-10
 
 
+class Fading(nn.Module):
+    """A filter that is a sum of exponentials: a recurrence, whose state is float64 beside float32 rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate, self.scale = nn.Parameter(torch.rand(3, 4)), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        k = (self.scale * torch.exp(-self.rate * torch.arange(n)[:, None, None])).sum(-1)
+        k = torch.fft.rfft(k, 2 * n, dim=0)
+        return x + torch.fft.irfft(torch.fft.rfft(x, 2 * n, dim=1) * k, 2 * n, dim=1)[:, :n]
+
+
+def test_wide_state_of_narrow_rows_runs_compiled():
+    model, x = Fading(), features(1, 30, 3).float()
+    dec = decoder(model, x[:, :9], max_length=MOST, step="aot")
+    assert gap(decoded(dec, x, 7), model(x)[:, 6:]) < 1e-5
+    (step,) = dec.engine._steps.values()
+    assert {t.dtype for t in dec._lanes[0][0].tensors.values()} >= {torch.float32, torch.float64}
+    assert all(isinstance(run, native.Native) for run in step.runs)
+
+
 def test_without_a_compiler_the_step_runs_uncompiled(monkeypatch):
     def missing(*_):
         raise RuntimeError("no C++ compiler")
