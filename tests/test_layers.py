@@ -261,17 +261,19 @@ class Fading(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.rate, self.scale = nn.Parameter(torch.rand(3, 4)), nn.Parameter(torch.randn(3, 4))
+        self.inner = nn.Linear(48, 48)  # in float32, which a compiler sums in another order
+        self.rate, self.scale = nn.Parameter(torch.rand(48, 4)), nn.Parameter(torch.randn(48, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[1]
         k = (self.scale * torch.exp(-self.rate * torch.arange(n)[:, None, None])).sum(-1)
+        y = self.inner(x.sin())
         k = torch.fft.rfft(k, 2 * n, dim=0)
-        return x + torch.fft.irfft(torch.fft.rfft(x, 2 * n, dim=1) * k, 2 * n, dim=1)[:, :n]
+        return x + torch.fft.irfft(torch.fft.rfft(y, 2 * n, dim=1) * k, 2 * n, dim=1)[:, :n]
 
 
 def test_wide_state_of_narrow_rows_runs_compiled():
-    model, x = Fading(), features(1, 30, 3).float()
+    model, x = Fading(), features(1, 30, 48).float()
     dec = decoder(model, x[:, :9], max_length=MOST, step="aot")
     assert gap(decoded(dec, x, 7), model(x)[:, 6:]) < 1e-5
     (step,) = dec.engine._steps.values()
