@@ -2,7 +2,6 @@
 // callers, which do the same in Python where it cannot be built.
 
 #include <Python.h>
-#include <dlfcn.h>
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/TensorBase.h>
@@ -12,7 +11,6 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 // torch/csrc/autograd/python_variable.h, which takes fifteen seconds to compile; `works` in extension.py checks it.
@@ -90,16 +88,8 @@ bool alike(const Form& a, const Form& b) {
 
 // -- Chain -----------------------------------------------------------------------------------------------------
 
-// A compiled part; its library stays loaded. See pointers.py.
+// A compiled part: the function that pointers.py writes. Its library stays loaded.
 using Part = void (*)(char* const* inputs, char* const* outputs);
-
-Part part_of(const char* path) {
-  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  if (!library) throw std::runtime_error(dlerror());
-  void* found = dlsym(library, "flashinf_part");
-  if (!found) throw std::runtime_error("the library has no part of a step");
-  return reinterpret_cast<Part>(found);
-}
 
 struct Call {
   Part part;
@@ -156,10 +146,10 @@ std::unique_ptr<Plan> planned(PyObject* tensors, size_t known, PyObject* fed, Py
   }
   for (Py_ssize_t i = 0; i < PyTuple_Size(calls); ++i) {
     PyObject* entry = item(calls, i);
-    const char* path = PyUnicode_AsUTF8(item(entry, 0));
-    if (!path) throw PythonError();
+    void* address = PyLong_AsVoidPtr(item(entry, 0));
+    if (!address) throw std::runtime_error("expected the address of a compiled part");
     Call call;
-    call.part = part_of(path);
+    call.part = reinterpret_cast<Part>(address);
     call.inputs = numbers(item(entry, 1), count);
     call.outputs = numbers(item(entry, 2), count);
     call.given.resize(call.inputs.size());

@@ -23,7 +23,7 @@ def bind_linked(layers: Layers, runs: Sequence[Run], inputs: Sequence[Tensor]) -
     Without the extension, or libraries to link, it is just that. Raises RuntimeError where a tensor does not lie in
     memory as a library takes it.
     """
-    bare = [isinstance(run, Native) and run.by_pointers for run in runs]
+    bare = [isinstance(run, Native) and run.address is not None for run in runs]
     if not any(bare) or between() is None:
         return layers.bind(runs, inputs)
     linked: list[Run] = []
@@ -67,7 +67,7 @@ def _chain(
         assert isinstance(run, Native)
         run.check([tensors[number[v]] for v in call.inputs])
         read, left = (tuple(number[v] for v in values) for values in (call.inputs, call.outputs))
-        steps.append((str(run.library), read, left))
+        steps.append((run.address, read, left))
     extension: Any = between()
     return extension.Chain(
         tuple(tensors),

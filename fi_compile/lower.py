@@ -108,7 +108,7 @@ class CompiledStep:
         with torch.inference_mode(False), torch.no_grad():
             inputs = self._inputs_of_parts(example)
             parts = list(enumerate(self.layers.parts))
-            with _only_own_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            with only_own_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
                 self.runs = list(pool.map(lambda entry: _compiled(entry[1], inputs[entry[0]], how), parts))
             wrong = self._wrong_parts(example)
             for i in wrong:
@@ -271,7 +271,7 @@ def _compiled(part: fx.GraphModule, example: list[Tensor], how: str) -> Run:
 
 
 @contextlib.contextmanager
-def _only_own_warnings() -> Iterator[None]:
+def only_own_warnings() -> Iterator[None]:
     """Without warnings about torch's own insides, of whatever thread."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

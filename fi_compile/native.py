@@ -1,7 +1,8 @@
-"""native: a part of the step as a native library, by AOTInductor, kept on disk for later processes.
+"""native: a part of the step as a native library, by TorchInductor, kept on disk for later processes.
 
-Weights and state are its inputs, so one library serves every layer that is like it, and any weights. What
-calls it is C++ alone: a call costs a few microseconds where a compiled function of TorchInductor costs ten.
+Weights and state are its inputs, so one library serves every layer that is like it, and any weights. Nearly always it
+is a function of pointers (pointers.py), which costs less than a microsecond beside its kernels; where the part calls
+operators of other libraries, AOTInductor wraps it.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Native:
-    """A part of the step as a library on disk, called with a list of tensors.
+    """A part of the step as a loaded library, called with a list of tensors.
 
-    ``by_pointers``: it is called with their addresses, and trusts that they lie as its part's inputs.
+    ``address``: of the function that is called with pointers, and trusts that they are of tensors that lie as the
+    part's inputs; None where the library takes tensors.
     """
 
-    library: Path
     part: fx.GraphModule
-    by_pointers: bool
     run: Callable[[list[Any]], Sequence[Tensor]]
+    address: int | None = None
 
     def __call__(self, args: list[Any]) -> Sequence[Tensor]:
         """The part's outputs; what it writes, it writes in place. Raises RuntimeError as `check`."""
-        if self.by_pointers:
+        if self.address is not None:
             self.check(args)
         return self.run(args)
 
@@ -72,7 +73,7 @@ def compile_native(part: fx.GraphModule, example: Sequence[Tensor]) -> Native:
     """A part's graph as a function of a list of tensors, from the cache where it is known.
 
     ``example``: tensors of the shapes, strides and dtypes that the part will be called with. Raises whatever
-    AOTInductor raises where it cannot compile the part, or where there is no compiler.
+    TorchInductor raises where it cannot compile the part, or where there is no compiler.
     """
     place = cache_directory() / "steps" / _key(part)
     try:
@@ -110,15 +111,17 @@ def _compile(part: fx.GraphModule, example: Sequence[Tensor], folder: Path) -> P
         return Path(builder.get_target_file_path())
     except Exception as error:  # operators of a library of their own take tensors
         log.info("a part of the step is called with tensors, not pointers: %s", error)
-    with generating(INDUCTOR):
+    with generating(INDUCTOR):  # which may now try out the compiler
         return Path(str(aot_compile(part, tuple(example))))
 
 
 def _load(library: Path, part: fx.GraphModule) -> Native:
-    if hasattr(loaded := ctypes.CDLL(str(library)), ENTRY):
-        return Native(library, part, True, _called(getattr(loaded, ENTRY), returned_values(part)))
+    loaded = ctypes.CDLL(str(library))
+    if hasattr(loaded, ENTRY):
+        entry = getattr(loaded, ENTRY)
+        return Native(part, _called(entry, returned_values(part)), ctypes.cast(entry, ctypes.c_void_p).value)
     loader: Any = torch._C
-    return Native(library, part, False, loader._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run)
+    return Native(part, loader._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run)
 
 
 def _called(entry: Any, outputs: Sequence[Tensor]) -> Callable[[list[Any]], Sequence[Tensor]]:
@@ -139,6 +142,7 @@ def _key(part: fx.GraphModule) -> str:
     made_by = (
         torch.__version__,
         version("flashinf"),
+        ENTRY,
         sorted((INDUCTOR | _UNTRIED).items()),
         torch.get_num_threads(),
     )

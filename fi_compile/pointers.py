@@ -31,17 +31,52 @@ from .native import ENTRY
 _ALIGNMENT = 64  # bytes, of a buffer
 _MOST_ON_STACK = 1 << 17  # bytes, of all buffers on the stack
 
+# TorchInductor's names of products into memory that is given, and how many tensors and factors each takes.
+_PRODUCTS = {"mm": (2, 0), "bmm": (2, 0), "addmm": (3, 2), "baddbmm": (3, 2)}
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def _declarations() -> str:
+    lines = [f"int32_t aoti_torch_dtype_{dtype}();" for dtype in _DTYPES]
+    for name, (tensors, factors) in _PRODUCTS.items():
+        takes = ["AtenTensorOpaque*"] * (1 + tensors) + ["double"] * factors
+        lines.append(f"int32_t aoti_torch_cpu_{name}_out({', '.join(takes)});")
+    return "\n".join(lines)
+
+
 _HEADER = f"""
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
+#include <stdexcept>
 
 // Kernels are called with pointers to these, whose insides do not matter here.
 namespace at {{
 struct BFloat16; struct Half; template <typename> struct complex;
 struct Float8_e4m3fn; struct Float8_e5m2; struct Float8_e4m3fnuz; struct Float8_e5m2fnuz;
 }}
+// Products of matrices are torch's own, which takes tensors.
+extern "C" {{
+struct AtenTensorOpaque;
+int32_t aoti_torch_create_tensor_from_blob(void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides,
+    int64_t offset, int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorOpaque** made);
+int32_t aoti_torch_delete_tensor_object(AtenTensorOpaque*);
+{_declarations()}
+}}
+using Sizes = std::initializer_list<int64_t>;
+inline void check(int32_t failed) {{ if (failed) throw std::runtime_error("a product of matrices failed"); }}
+struct Matrix {{
+  AtenTensorOpaque* tensor = nullptr;
+  Matrix(char* data, Sizes sizes, Sizes strides, int32_t dtype) {{
+    check(aoti_torch_create_tensor_from_blob(
+        data, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), 0, dtype, 0, -1, &tensor));
+  }}
+  Matrix(const Matrix&) = delete;
+  ~Matrix() {{ aoti_torch_delete_tensor_object(tensor); }}
+}};
+
 struct Free {{ void operator()(char* p) const {{ ::operator delete(p, std::align_val_t({_ALIGNMENT})); }} }};
 """
 
@@ -188,11 +223,28 @@ class _Wrapper(CppWrapperCpu):
     def generate_extern_kernel_alloc(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError("an operator called by name")
 
-    def generate_extern_kernel_out(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError("an operator called by name")
+    def generate_extern_kernel_out(self, node: Any) -> None:
+        name = str(node.python_kernel_name).removeprefix("extern_kernels.")
+        tensors, factors = _PRODUCTS.get(name, (0, 0))
+        if not tensors or len(node.inputs) != tensors or node.output_view is not None:
+            raise NotImplementedError("an operator called by name")
+        numbers = [repr(float(node.get_kwargs_value(key))) for key in ("beta", "alpha")[:factors]]
+        args = [f"{_matrix(value)}.tensor" for value in (node, *node.inputs)]
+        self.writeline(f"check(aoti_torch_cpu_{name}_out({', '.join(args + numbers)}));")
 
     def generate_fallback_kernel(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError("an operator called by name")
+
+
+def _matrix(value: Any) -> str:
+    """A tensor of torch's where a value lies."""
+    dtype = str(value.get_dtype()).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise NotImplementedError("a product of other numbers")
+    sizes, strides = (
+        f"{{{', '.join(str(_number(n)) for n in ns)}}}" for ns in (value.get_size(), value.get_stride())
+    )
+    return f"Matrix({value.codegen_reference()}, {sizes}, {strides}, aoti_torch_dtype_{dtype}())"
 
 
 def _number(value: Any) -> int:
