@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu_setting import Place, Setting, operands
 from fi_compile.kernels import tuning
 from fi_compile.kernels.tile import tile_reference
-from fi_compile.mixers.tiles import TritonTiles
+from fi_compile.mixers.triton_tiles import TritonTiles
 from fi_compile.schedule import Tile
 
 

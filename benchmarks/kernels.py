@@ -24,6 +24,7 @@ from fi_compile.kernels import (
     short_conv_step,
     tile_direct,
     tile_fft,
+    tile_kept,
     tile_stream,
 )
 from fi_compile.kernels.gpu import Variant
@@ -33,6 +34,7 @@ MODULES = (
     tile_direct,
     tile_fft,
     tile_stream,
+    tile_kept,
     block_step,
     short_conv_step,
     linear_attention_step,

@@ -5,37 +5,15 @@ from __future__ import annotations
 import torch
 
 from fi_compile.kernels.gpu import H100
-from fi_compile.kernels.monarch import split_for
-from fi_compile.kernels.tile_direct import tile_direct_traffic
-from fi_compile.kernels.tile_fft import tile_fft_traffic, torch_traffic
-from fi_compile.kernels.tile_stream import STREAMS, channels_at_once, tile_stream_traffic
-from fi_compile.mixers.tiles import TritonTiles
-from fi_compile.schedule import Schedule, Tile
+from fi_compile.kernels.tile_forms import LAUNCH, fastest, launches, traffic
+from fi_compile.schedule import Schedule
 
 LAYERS, WIDTH, BLOCK, LENGTH = 18, 768, 32, 1 << 17
-# What a launch is taken to cost where nothing hides it: an assumption, no datasheet has it.
-LAUNCH = 5e-6
-
-
-def traffic(form: str, side: int) -> dict[str, float]:
-    """Bytes and operations of one channel's tile."""
-    if form == "direct":
-        return tile_direct_traffic(side, side)
-    split = split_for(side)
-    if form == "matrix" and split is not None:
-        return tile_fft_traffic(split)
-    return tile_stream_traffic(STREAMS[side]) if form == "stream" else torch_traffic(side)
-
-
-def launches(form: str, side: int, channels: int) -> int:
-    """Launches of a tile for all channels of one row; torch's transforms do not occur at these lengths."""
-    return 3 * -(-channels // channels_at_once(STREAMS[side], 1)) if form == "stream" else 1
 
 
 def prediction() -> str:
     """A section of docs/kernels.md."""
     channels = LAYERS * WIDTH
-    tiles = TritonTiles(torch.zeros(1, 1), None, None)
     lines = [
         "## A prediction",
         "",
@@ -48,8 +26,8 @@ def prediction() -> str:
     ]
     total = dict.fromkeys(("bytes", "flops", "seconds", "launches"), 0.0)
     for side, count in Schedule(BLOCK, LENGTH).count_tiles().items():
-        form = tiles.form(Tile(range(side), range(side, 2 * side)))
-        cost = {name: channels * value for name, value in traffic(form, side).items()}
+        form = fastest(H100, side, side, torch.float32, torch.device("cpu"))
+        cost = {name: channels * value for name, value in traffic(form, side, side).items()}
         seconds, moved = H100.seconds(**cost), cost["reads"] + cost["writes"]
         for name, value in (("bytes", moved), ("flops", cost["flops"]), ("seconds", seconds)):
             total[name] += count * value / LENGTH

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log2
+from typing import Protocol
 
 from .schedule import Schedule
 
@@ -89,6 +90,14 @@ BUILTIN = Rates(
 )
 
 
+class Costs(Protocol):
+    """What a tiling is chosen by: `Rates`, or a GPU's datasheet (`gpu_costs`)."""
+
+    def seconds_per_token(self, schedule: Schedule, channels: int, rows: int) -> float:
+        """All mixing of `channels`, a step summing `rows` rows, over the whole of a schedule."""
+        ...
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How a stack is tiled: rows K of the block's buffers, radix, whether tiles are deferred; seconds a token."""
@@ -109,7 +118,7 @@ class Tiling:
 
 
 def choose_tiling(
-    rates: Rates,
+    rates: Costs,
     capacity: int,
     channels: int,
     *,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .costs import BUILTIN, Tiling, choose_tiling
+from .costs import BUILTIN, Costs, Tiling, choose_tiling
 from .mixers.convolution import Convolution
-from .mixers.stack import FilterBank
+from .mixers.stack import FilterBank, state_dtype
 from .options import Options
 from .program import Program, Rewrite
 from .rates import rates_of_machine
@@ -115,19 +115,29 @@ def tile_step(
 ) -> Tiling:
     """The tiling of a step's long convolutions that its options and, where they leave a choice, costs say.
 
-    ``block``: the base block where it is settled. The machine is measured for models on the CPU alone.
+    ``block``: the base block where it is settled. The machine is measured for models on the CPU alone; where Triton
+    runs the tiles, a datasheet predicts what they take.
     """
     channels = sum(m.layout_out.count * m.fan_in for m in step.stacked)
     measured = channels and device.type == "cpu" and "auto" in (options.block, options.radix)
     return choose_tiling(
-        rates_of_machine() if measured else BUILTIN,
+        _costs(step, device, dtype) or (rates_of_machine() if measured else BUILTIN),
         step.capacity,
         channels,
         block=options.block if block is None else block,
-        radix=options.radix if step.kernels == "torch" else 2,
+        radix=options.radix,
         latency=options.latency,
         double=dtype == torch.float64,
     )
+
+
+def _costs(step: StepProgram, device: torch.device, dtype: torch.dtype) -> Costs | None:
+    """What tiles by Triton take; None where torch runs them: everywhere, or where channels read several inputs."""
+    if step.kernels == "torch" or any(m.fan_in > 1 for m in step.stacked):
+        return None
+    from .gpu_costs import GpuCosts
+
+    return GpuCosts(state_dtype(dtype), device)
 
 
 def _bank(

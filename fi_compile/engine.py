@@ -82,10 +82,8 @@ class Engine:
         program, self._dropped = with_taps(with_pieces_apart(program))
         self.program = with_masks(program)
         self.kernels = choose_kernels(options.kernels, program.example.device)
-        if self.kernels != "torch" and options.latency == "bounded":
-            raise InputError("option latency='bounded' needs kernels='torch': Triton's tiles run at once")
-        if not options.keep_history and (self.kernels != "torch" or options.latency == "bounded"):
-            raise InputError("option keep_history=False needs kernels='torch' and latency='throughput'")
+        if not options.keep_history and options.latency == "bounded":
+            raise InputError("option keep_history=False needs latency='throughput'")
         self._block: int | None = None  # the base block, once it is chosen
         self._reach: int | None = None  # positions at which the tables end, once that was met
         self._end = "the model's tables end there"

@@ -26,7 +26,8 @@ from .costs import BUILTIN, Rates
 from .errors import FlashinfWarning
 from .kept import cache_directory
 from .kernels.tile import add_tile_direct
-from .mixers.tiles import KeptSpectra, TileWork, TorchTiles
+from .mixers.tile_work import KeptSpectra
+from .mixers.tiles import TorchTiles
 from .schedule import Tile
 
 VERSION = 2
@@ -71,10 +72,9 @@ def _time_tile(data: Tensor, side: int, blocks: int) -> float:
     tiles, kept = TorchTiles(filters[0], None, None), KeptSpectra()
     tile = Tile(range((3 - blocks) * side, 3 * side), range(3 * side, 4 * side), side)
 
-    work = TileWork(tiles, tile, history, pending, kept)
-    for piece in range(work.count):  # makes the spectra that are kept
-        work.run(piece)
-    work = TileWork(tiles, tile, history, pending, kept)
+    work = tiles.begin(tile, history, pending, kept)
+    work.run_all()  # makes the spectra that are kept
+    work = tiles.begin(tile, history, pending, kept)
     # By pieces: short enough to run undisturbed now and then on a machine that is busy.
     pieces = cycle(range(work.count))
     return _fastest(lambda: work.run(next(pieces)), 5 * work.count) * work.count / (_VALUES // 4)
@@ -104,7 +104,7 @@ def _time_row(channels: int = 512, rows: int = 32, times: int = 50) -> float:
 
 def _time_piece(times: int = 50) -> float:
     tiles, little = TorchTiles(torch.zeros(1, 128), None, None), torch.zeros(1, 1, 128)
-    work = TileWork(tiles, Tile(range(32), range(32, 64)), little, little, KeptSpectra())
+    work = tiles.begin(Tile(range(32), range(32, 64)), little, little, KeptSpectra())
     return _fastest(lambda: [work.run(0) for _ in range(times)]) / times
 
 

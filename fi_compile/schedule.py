@@ -50,6 +50,11 @@ class Tile:
         return self.outputs.start - self.inputs.stop
 
     @property
+    def alone(self) -> bool:
+        """Whether it meets one block of inputs, which no later tile of its side meets."""
+        return not self.reused and len(self.inputs) == self.side
+
+    @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
         """Where each block of inputs begins, and how many sides before the outputs."""
         side, first = self.side, self.outputs.start

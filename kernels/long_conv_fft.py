@@ -20,102 +20,12 @@ from torch import Tensor
 
 from fi_compile.kernels.gpu import PRECISION, Variant, capable, dot_precision, pointer
 from fi_compile.kernels.monarch import LARGE, Split, block_spectrum, factors, has_room
-from fi_compile.kernels.tile_fft import dot_pair, load_pair, tile_fft_traffic, times
+from fi_compile.kernels.tile_fft import tile_fft_traffic
+from fi_compile.kernels.transforms import dot_pair, enter, leave, load_pair, times
 
 # Where there is room (see `has_room`), and elsewhere. A program transforms every block anew that it meets: only a few.
 SPLITS = {True: Split(32, 16, 4, 4, narrow=False), False: Split(16, 16, 4, 4)}
 MOST_BLOCKS = 8
-
-
-@triton.jit
-def enter_block(
-    p_u,
-    p_pre,
-    p_first,
-    p_twiddle,
-    i,
-    i_b,
-    o_w,
-    m_c,
-    length,
-    s_u_b,
-    s_u_c,
-    s_u_t,
-    s_pre_b,
-    s_pre_c,
-    s_pre_t,
-    HAS_PRE: tl.constexpr,
-    H: tl.constexpr,
-    N: tl.constexpr,
-    BC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Block i of pre · u as far as the twiddles: the two parts, [BC·H, N]."""
-    o_h, o_n = tl.arange(0, H), tl.arange(0, N)
-    o_t = o_h[:, None] * N + o_n[None, :]
-    o_k = (i * (H * N) + o_t).to(tl.int64)
-    m = (o_k < length)[:, :, None] & m_c[None, None, :]
-    p = p_u + i_b * s_u_b + o_k[:, :, None] * s_u_t + o_w[None, None, :] * s_u_c
-    x = tl.load(p, mask=m, other=0.0).to(tl.float32)
-    if HAS_PRE:
-        p = p_pre + i_b * s_pre_b + o_k[:, :, None] * s_pre_t + o_w[None, None, :] * s_pre_c
-        x *= tl.load(p, mask=m, other=0.0).to(tl.float32)
-    x = tl.reshape(tl.permute(x, (2, 1, 0)), (BC * N, H))
-    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
-    ar = tl.permute(tl.reshape(tl.dot(x, tl.trans(fr), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
-    ai = tl.permute(tl.reshape(tl.dot(x, tl.trans(fi), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
-    tr, ti = load_pair(p_twiddle, o_t[None, :, :], H * N)
-    ar, ai = times(ar, ai, tr, ti)
-    return tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
-
-
-@triton.jit
-def leave_block(
-    ar,
-    ai,
-    p_y,
-    p_post,
-    p_first,
-    p_twiddle,
-    i_j,
-    i_b,
-    o_c,
-    m_c,
-    length,
-    s_y_b,
-    s_y_t,
-    s_post_b,
-    s_post_c,
-    s_post_t,
-    HAS_POST: tl.constexpr,
-    ADD: tl.constexpr,
-    H: tl.constexpr,
-    N: tl.constexpr,
-    BC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Write block i_j of the outputs, from the two parts [BC·H, N] on, or add to it; y has contiguous channels."""
-    o_h, o_n = tl.arange(0, H), tl.arange(0, N)
-    o_t = o_h[:, None] * N + o_n[None, :]
-    tr, ti = load_pair(p_twiddle, o_t[None, :, :], H * N)
-    ar, ai = times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), tr, -ti)
-    ar = tl.reshape(tl.permute(ar, (0, 2, 1)), (BC * N, H))
-    ai = tl.reshape(tl.permute(ai, (0, 2, 1)), (BC * N, H))
-    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
-    y = tl.dot(ar, fr, input_precision=PRECISION)
-    y = tl.dot(ai, fi, acc=y, input_precision=PRECISION)
-    y = tl.permute(tl.reshape(y, (BC, N, H)), (2, 1, 0))
-
-    o_k = (i_j * (H * N) + o_t).to(tl.int64)
-    m = (o_k < length)[:, :, None] & m_c[None, None, :]
-    if HAS_POST:
-        o_w = o_c.to(tl.int64)
-        p = p_post + i_b * s_post_b + o_k[:, :, None] * s_post_t + o_w[None, None, :] * s_post_c
-        y *= tl.load(p, mask=m, other=0.0).to(tl.float32)
-    p = p_y + i_b * s_y_b + o_k[:, :, None] * s_y_t + o_c[None, None, :]
-    if ADD:
-        y += tl.load(p, mask=m, other=0.0).to(tl.float32)
-    tl.store(p, y.to(p_y.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -130,6 +40,7 @@ def long_conv_kernel(
     p_second,
     length,
     reach,
+    stored,
     group,
     channels,
     s_y_b,
@@ -145,82 +56,59 @@ def long_conv_kernel(
     s_post_t,
     HAS_PRE: tl.constexpr,
     HAS_POST: tl.constexpr,
+    FAR: tl.constexpr,
     H: tl.constexpr,
     N: tl.constexpr,
+    Q: tl.constexpr,
     BC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A program computes block i_j of the outputs of BC channels of one row; y has contiguous channels.
 
-    Blocks meet within their group only, of `group` blocks each.
+    Blocks meet within their group only, of `group` blocks each, through spectra [C, stored, 2, H, Q] of Q of N columns.
+    With FAR a block does not meet itself, its spectrum is not stored, and results are added to y.
     """
     i_j, i_c = tl.program_id(0), tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < channels
-    o_h, o_n = tl.arange(0, H), tl.arange(0, N)
+    o_h, o_n, o_q = tl.arange(0, H), tl.arange(0, N), tl.arange(0, Q)
     o_t = o_h[:, None] * N + o_n[None, :]
     o_w = o_c.to(tl.int64)
-    o_s = o_w[:, None, None] * (reach * 2 * H * N) + o_t[None, :, :]
-    gr, gi = load_pair(p_second, o_n[:, None] * N + o_n[None, :], N * N)
-    sum_r = tl.zeros((BC * H, N), tl.float32)
-    sum_i = tl.zeros((BC * H, N), tl.float32)
-    for i in range(tl.maximum(i_j - reach + 1, i_j - i_j % group), i_j + 1):
-        ar, ai = enter_block(
-            p_u,
-            p_pre,
-            p_first,
-            p_twiddle,
-            i,
-            i_b,
-            o_w,
-            m_c,
-            length,
-            s_u_b,
-            s_u_c,
-            s_u_t,
-            s_pre_b,
-            s_pre_c,
-            s_pre_t,
-            HAS_PRE,
-            H,
-            N,
-            BC,
-            PRECISION,
-        )
+    o_s = o_w[:, None, None] * (stored * 2 * H * Q) + o_h[None, :, None] * Q + o_q[None, None, :]
+    gr, gi = load_pair(p_second, o_n[:, None] * Q + o_q[None, :], N * Q)
+    sum_r = tl.zeros((BC * H, Q), tl.float32)
+    sum_i = tl.zeros((BC * H, Q), tl.float32)
+    for i in range(tl.maximum(i_j - reach + 1, i_j - i_j % group), i_j + 1 - FAR):
+        o_k = (i * (H * N) + o_t).to(tl.int64)
+        m = (o_k < length)[:, :, None] & m_c[None, None, :]
+        p = p_u + i_b * s_u_b + o_k[:, :, None] * s_u_t + o_w[None, None, :] * s_u_c
+        x = tl.load(p, mask=m, other=0.0).to(tl.float32)
+        if HAS_PRE:
+            p = p_pre + i_b * s_pre_b + o_k[:, :, None] * s_pre_t + o_w[None, None, :] * s_pre_c
+            x *= tl.load(p, mask=m, other=0.0).to(tl.float32)
+        ar, ai = enter(x, p_first, p_twiddle, o_t, H * N, H, N, BC, PRECISION)
         ar, ai = dot_pair(ar, ai, gr, gi, PRECISION)
-        p = p_spectrum + o_s + (i_j - i) * (2 * H * N)
-        sr = tl.reshape(tl.load(p, mask=m_c[:, None, None], other=0.0), (BC * H, N))
-        si = tl.reshape(tl.load(p + H * N, mask=m_c[:, None, None], other=0.0), (BC * H, N))
+        p = p_spectrum + o_s + (i_j - i - FAR) * (2 * H * Q)
+        sr = tl.reshape(tl.load(p, mask=m_c[:, None, None], other=0.0), (BC * H, Q))
+        si = tl.reshape(tl.load(p + H * Q, mask=m_c[:, None, None], other=0.0), (BC * H, Q))
         ar, ai = times(ar, ai, sr, si)
         sum_r += ar
         sum_i += ai
 
-    ar, ai = dot_pair(sum_r, sum_i, gr, -gi, PRECISION)
-    leave_block(
-        ar,
-        ai,
-        p_y,
-        p_post,
-        p_first,
-        p_twiddle,
-        i_j,
-        i_b,
-        o_c,
-        m_c,
-        length,
-        s_y_b,
-        s_y_t,
-        s_post_b,
-        s_post_c,
-        s_post_t,
-        HAS_POST,
-        False,
-        H,
-        N,
-        BC,
-        PRECISION,
-    )
+    # With all columns the second factor is symmetric.
+    br, bi = (gr, gi) if Q == N else (tl.trans(gr), tl.trans(gi))
+    ar, ai = dot_pair(sum_r, sum_i, br, -bi, PRECISION)
+    y = leave(ar, ai, p_first, p_twiddle, o_t, H * N, H, N, BC, PRECISION)
+    o_k = (i_j * (H * N) + o_t).to(tl.int64)
+    m = (o_k < length)[:, :, None] & m_c[None, None, :]
+    if HAS_POST:
+        p = p_post + i_b * s_post_b + o_k[:, :, None] * s_post_t + o_w[None, None, :] * s_post_c
+        y *= tl.load(p, mask=m, other=0.0).to(tl.float32)
+    p = p_y + i_b * s_y_b + o_k[:, :, None] * s_y_t + o_c[None, None, :]
+    if FAR:
+        y += tl.load(p, mask=m, other=0.0).to(tl.float32)
+    tl.store(p, y.to(p_y.dtype.element_ty), mask=m)
 
 
 def blocks_met(length: int, lags: int, side: int) -> int:
@@ -263,14 +151,17 @@ def launch(
     split: Split,
     group: int = 1 << 30,
     reverse: bool = False,
+    columns: Tensor | None = None,
 ) -> None:
     """Write the convolution with spectra [C, reach, 2, H, N] to `out` [B, C, L], contiguous in channels.
 
-    Blocks of different groups, of `group` blocks each, do not meet.
+    Blocks of different groups, of `group` blocks each, do not meet. columns: int64 [Q], those of the N that spectra
+    [C, reach - 1, 2, H, Q] have, from distance 1 on; what they contribute is added to `out`.
     """
     batch, channels, length = u.shape
     h, n = split.h, split.n
     first, twiddle, second = factors(h, n, u.device)
+    far = columns is not None
     operands = [(out, out), (u, u), (pre, u), (post, u)]
     pointers, strides = [], []
     for tensor, instead in operands:
@@ -289,8 +180,9 @@ def launch(
         *pointers[2:],
         first,
         twiddle,
-        second,
+        second.index_select(-1, columns) if far else second,
         length,
+        spectra.shape[1] + far,
         spectra.shape[1],
         group,
         channels,
@@ -301,8 +193,10 @@ def launch(
         *strides[3],
         HAS_PRE=pre is not None,
         HAS_POST=post is not None,
+        FAR=far,
         H=h,
         N=n,
+        Q=spectra.shape[-1],
         BC=split.channels,
         PRECISION=dot_precision(),
         num_warps=split.warps,
@@ -335,7 +229,7 @@ def variants() -> Iterator[Variant]:
         floats = [a for a in long_conv_kernel.arg_names if a.startswith("p_")]
         inner = ("p_spectrum", "p_first", "p_twiddle", "p_second")
         strides = [a for a in long_conv_kernel.arg_names if a.startswith("s_") and not a.endswith("_c")]
-        integers = ["length", "reach", "group", "channels", *strides]
+        integers = ["length", "reach", "stored", "group", "channels", *strides]
         # Half of a tile's products are its way there, half its way back.
         dots = cost["dots"] * (met + blocks) / 2
         yield Variant(
@@ -350,8 +244,10 @@ def variants() -> Iterator[Variant]:
                 **{f"s_{a}_c": 1 for a in ("u", "pre", "post")},
                 "HAS_PRE": gates,
                 "HAS_POST": gates,
+                "FAR": False,
                 "H": split.h,
                 "N": split.n,
+                "Q": split.n,
                 "BC": split.channels,
                 "PRECISION": PRECISION["cuda"],
             },

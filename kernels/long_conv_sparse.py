@@ -10,9 +10,6 @@ What is dropped is not a filter's, since two windows that share a lag drop diffe
 causal linear map near the convolution. `SparseSpectra` says how near.
 """
 
-# What kernels mean by types and loops is Triton's affair.
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import math
@@ -20,16 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fi_compile.kernels import long_conv_fft
-from fi_compile.kernels.gpu import PRECISION, Variant, dot_precision, pointer, runs_on
+from fi_compile.kernels.gpu import PRECISION, Variant, runs_on
 from fi_compile.kernels.long_conv import conv_fft
-from fi_compile.kernels.long_conv_fft import blocks_met, enter_block, launch, leave_block, spectra_of
-from fi_compile.kernels.monarch import Split, block_spectrum, factors, has_room
-from fi_compile.kernels.tile_fft import dot_pair, load_pair, times
+from fi_compile.kernels.long_conv_fft import blocks_met, launch, long_conv_kernel, spectra_of
+from fi_compile.kernels.monarch import Split, block_spectrum, has_room
 
 # On sm_90 and sm_100, and elsewhere. Columns come in sixteens.
 SPLITS = {True: Split(32, 32, 4, 8, narrow=False), False: Split(16, 32, 4, 8)}
@@ -187,112 +181,8 @@ def _by_torch(
     return (y if post is None else y * post.float()).to(u.dtype)
 
 
-@triton.jit
-def long_conv_sparse_kernel(
-    p_y,
-    p_u,
-    p_far,
-    p_pre,
-    p_post,
-    p_first,
-    p_twiddle,
-    p_kept,
-    length,
-    reach,
-    stored,
-    channels,
-    s_y_b,
-    s_y_t,
-    s_u_b,
-    s_u_c,
-    s_u_t,
-    s_pre_b,
-    s_pre_c,
-    s_pre_t,
-    s_post_b,
-    s_post_c,
-    s_post_t,
-    HAS_PRE: tl.constexpr,
-    HAS_POST: tl.constexpr,
-    H: tl.constexpr,
-    N: tl.constexpr,
-    KEPT: tl.constexpr,
-    BC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A program adds what earlier blocks contribute to block i_j of BC channels of one row, contiguous in y."""
-    i_j, i_c = tl.program_id(0), tl.program_id(1)
-    i_b = tl.program_id(2).to(tl.int64)
-    o_c = i_c * BC + tl.arange(0, BC)
-    m_c = o_c < channels
-    o_h, o_n, o_q = tl.arange(0, H), tl.arange(0, N), tl.arange(0, KEPT)
-    o_w = o_c.to(tl.int64)
-    m_w = m_c[:, None, None]
-    # The kept columns of the second factor, [N, KEPT].
-    gr, gi = load_pair(p_kept, o_n[:, None] * KEPT + o_q[None, :], N * KEPT)
-    far_r = tl.zeros((BC * H, KEPT), tl.float32)
-    far_i = tl.zeros((BC * H, KEPT), tl.float32)
-    o_s = o_w[:, None, None] * (stored * 2 * H * KEPT) + o_h[None, :, None] * KEPT + o_q[None, None, :]
-    for i in range(tl.maximum(i_j - reach + 1, 0), i_j):
-        ar, ai = enter_block(
-            p_u,
-            p_pre,
-            p_first,
-            p_twiddle,
-            i,
-            i_b,
-            o_w,
-            m_c,
-            length,
-            s_u_b,
-            s_u_c,
-            s_u_t,
-            s_pre_b,
-            s_pre_c,
-            s_pre_t,
-            HAS_PRE,
-            H,
-            N,
-            BC,
-            PRECISION,
-        )
-        ar, ai = dot_pair(ar, ai, gr, gi, PRECISION)
-        p = p_far + o_s + (i_j - i - 1) * (2 * H * KEPT)
-        sr = tl.reshape(tl.load(p, mask=m_w, other=0.0), (BC * H, KEPT))
-        si = tl.reshape(tl.load(p + H * KEPT, mask=m_w, other=0.0), (BC * H, KEPT))
-        ar, ai = times(ar, ai, sr, si)
-        far_r += ar
-        far_i += ai
-    far_r, far_i = dot_pair(far_r, far_i, tl.trans(gr), -tl.trans(gi), PRECISION)
-    leave_block(
-        far_r,
-        far_i,
-        p_y,
-        p_post,
-        p_first,
-        p_twiddle,
-        i_j,
-        i_b,
-        o_c,
-        m_c,
-        length,
-        s_y_b,
-        s_y_t,
-        s_post_b,
-        s_post_c,
-        s_post_t,
-        HAS_POST,
-        True,
-        H,
-        N,
-        BC,
-        PRECISION,
-    )
-
-
 def _on_gpu(u: Tensor, spectra: SparseSpectra, pre: Tensor | None, post: Tensor | None, reach: int) -> Tensor:
     batch, channels, length = u.shape
-    split = spectra.split
     # Two launches write it: rounded once, at the end.
     out = u.new_empty(batch, length, channels, dtype=torch.float32).transpose(1, 2)
     if not out.numel():
@@ -301,36 +191,7 @@ def _on_gpu(u: Tensor, spectra: SparseSpectra, pre: Tensor | None, post: Tensor 
     group = 2 * spectra.side // small.length
     launch(out, u, spectra_of(spectra.near, group, small), pre, post, small, group)
     if reach > 1:
-        first, twiddle, second = factors(split.h, split.n, u.device)
-        strides = [pointer(x, u).stride() for x in (u, pre, post)]
-        grid = (triton.cdiv(length, spectra.side), triton.cdiv(channels, split.channels), batch)
-        long_conv_sparse_kernel[grid](
-            out,
-            u,
-            spectra.far,
-            pointer(pre, u),
-            pointer(post, u),
-            first,
-            twiddle,
-            second.index_select(-1, spectra.columns),
-            length,
-            reach,
-            spectra.far.shape[1],
-            channels,
-            out.stride(0),
-            out.stride(2),
-            *strides[0],
-            *strides[1],
-            *strides[2],
-            HAS_PRE=pre is not None,
-            HAS_POST=post is not None,
-            H=split.h,
-            N=split.n,
-            KEPT=spectra.columns.numel(),
-            BC=split.channels,
-            PRECISION=dot_precision(),
-            num_warps=split.warps,
-        )
+        launch(out, u, spectra.far, pre, post, spectra.split, columns=spectra.columns)
     return out.to(u.dtype).contiguous()
 
 
@@ -342,7 +203,7 @@ def variants() -> Iterator[Variant]:
         h, n, side = split.h, split.n, split.length // 2
         blocks = length // side
         met = blocks * (blocks - 1) // 2
-        names = long_conv_sparse_kernel.arg_names
+        names = long_conv_kernel.arg_names
         strides = [a for a in names if a.startswith("s_") and not a.endswith("_c")]
         # Both ways: a first product is 4·H²·N, a second one 8·H·N·kept.
         dots = (met + blocks) * (4.0 * h * h * n + 8.0 * h * n * COLUMNS)
@@ -350,18 +211,19 @@ def variants() -> Iterator[Variant]:
         spectra = 2.0 * side * (blocks - 1) * COLUMNS / n
         yield Variant(
             name=f"long_conv_sparse L={length} S={side}",
-            kernel=long_conv_sparse_kernel,
+            kernel=long_conv_kernel,
             types={
                 **{a: "*fp32" for a in names if a.startswith("p_")},
-                **dict.fromkeys(("length", "reach", "stored", "channels", *strides), "i32"),
+                **dict.fromkeys(("length", "reach", "stored", "group", "channels", *strides), "i32"),
             },
             constants={
                 **{f"s_{a}_c": 1 for a in ("u", "pre", "post")},
                 "HAS_PRE": True,
                 "HAS_POST": True,
+                "FAR": True,
                 "H": h,
                 "N": n,
-                "KEPT": COLUMNS,
+                "Q": COLUMNS,
                 "BC": split.channels,
                 "PRECISION": PRECISION["cuda"],
             },

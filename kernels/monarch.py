@@ -10,8 +10,9 @@ With t = N·n1 + n2 and k = k1 + 2H·k2, and w(x) = exp(-2πi·x), the transform
     X[k1, k2] = Σ_n2 w(n2·k2 / N) · w(n2·(k1 + 1/2) / n) · Σ_n1 w(n1·(k1 + 1/2) / 2H) · x[n1, n2]
 
 two matrix products with a twiddle between them, and the inverse into their mirror images. Inputs are placed at the end
-of the lower half, n1 < H, and outputs are the upper half: the first and last products are halved once more. Source:
-FlashFFTConv (arXiv 2311.05908), section 3, with real data and halves made use of.
+of the lower half, n1 < H, and outputs are the upper half: the first and last products are halved once more. Where N is
+too large for a product it factors once more, N = A·B: a stream, whose rows of N values are transformed by themselves.
+Source: FlashFFTConv (arXiv 2311.05908), section 3, with real data and halves made use of.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+# Filters whose spectra are made at a time: values in float64.
+_QUANTUM = 1 << 24
 LARGE = ("sm_90", "sm_100", "gfx942")
 
 
@@ -123,3 +126,75 @@ def block_spectrum(lags: Tensor, split: Split) -> Tensor:
     sign = 1 - 2 * (torch.arange(h, device=lags.device) % 2)
     rows = rows * (2j / length * sign[:, None])
     return torch.stack([rows.real, rows.imag], 1).float().contiguous()
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How a transform length factors, n = 2·H·A·B, and the warps of outer and inner launches.
+
+    `narrow`: fits also where products take both operands from registers (see `monarch.Split`).
+    """
+
+    h: int
+    a: int
+    b: int
+    outer: int = 4
+    inner: int = 4
+    narrow: bool = False
+
+    @property
+    def n(self) -> int:
+        """The values of a row, N = A·B."""
+        return self.a * self.b
+
+    @property
+    def side(self) -> int:
+        """The most inputs, H·N."""
+        return self.h * self.n
+
+
+STREAMS = {
+    s.side: s
+    for s in (
+        Stream(16, 16, 16, narrow=True),
+        Stream(32, 16, 16, narrow=True),
+        Stream(32, 32, 16, narrow=True),
+        Stream(64, 32, 16, outer=8),
+        Stream(64, 32, 32, outer=8, inner=8),
+    )
+}
+
+
+def stream_for(side: int, device: torch.device) -> Stream | None:
+    """What serves tiles of `side` inputs on a device; None where nothing is offered."""
+    found = STREAMS.get(1 << (side - 1).bit_length())
+    return found if found is not None and (found.narrow or has_room(device)) else None
+
+
+@lru_cache
+def inner_factors(a: int, b: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The matrices and twiddles of a cyclic transform of A·B values: [2, A, A], [2, A, B], [2, B, B]."""
+    with torch.inference_mode(False):
+        x, y = torch.arange(a, dtype=torch.float64), torch.arange(b, dtype=torch.float64)
+        found = (unit(x[:, None] * x / a), unit(x[:, None] * y / (a * b)), unit(y[:, None] * y / b))
+        first, twiddle, second = (f.float().to(device).contiguous() for f in found)
+    return first, twiddle, second
+
+
+def tile_spectrum_stream(filters: Tensor, side: int) -> Tensor:
+    """The spectra of the lags 0 ... n - 1 of filters [F, T] in the kernels' order: float32 [F, 2, H, A, B].
+
+    Lags beyond T count as zero; scale and signs as in `monarch.tile_spectrum_gpu`. Raises ValueError where nothing
+    serves tiles of `side`.
+    """
+    stream = STREAMS.get(1 << (side - 1).bit_length())
+    if stream is None:
+        raise ValueError(f"nothing serves tiles of {side} inputs; there are {sorted(STREAMS)}")
+    split = Split(stream.h, stream.n, 1, 1)
+    out = filters.new_empty(filters.shape[0], 2, stream.h, stream.a, stream.b, dtype=torch.float32)
+    width = max(1, _QUANTUM // split.length)
+    for start in range(0, filters.shape[0], width):
+        made = block_spectrum(filters[start : start + width, : split.length].double(), split)
+        # k2 = ka + A·kb.
+        out[start : start + width] = made.unflatten(-1, (stream.b, stream.a)).mT
+    return out

@@ -18,27 +18,7 @@ from torch import Tensor
 
 from fi_compile.kernels.gpu import PRECISION, Variant, dot_precision, pointer
 from fi_compile.kernels.monarch import LARGE, SPLITS, Split, factors, split_for
-
-
-@triton.jit
-def load_pair(p, o, gap):
-    """The real parts at offsets o, and the imaginary parts `gap` further on."""
-    return tl.load(p + o), tl.load(p + o + gap)
-
-
-@triton.jit
-def times(ar, ai, br, bi):
-    """The complex product (ar + i·ai) · (br + i·bi)."""
-    return ar * br - ai * bi, ar * bi + ai * br
-
-
-@triton.jit
-def dot_pair(ar, ai, br, bi, PRECISION: tl.constexpr):
-    """The complex matrix product (ar + i·ai) @ (br + i·bi)."""
-    re = tl.dot(ar, br, input_precision=PRECISION)
-    re = tl.dot(-ai, bi, acc=re, input_precision=PRECISION)
-    im = tl.dot(ar, bi, input_precision=PRECISION)
-    return re, tl.dot(ai, br, acc=im, input_precision=PRECISION)
+from fi_compile.kernels.transforms import add_to_rows, dot_pair, enter, leave, load_pair, load_rows, times
 
 
 @triton.jit
@@ -74,20 +54,10 @@ def tile_fft_kernel(
     o_h, o_n = tl.arange(0, H), tl.arange(0, N)
     o_t = o_h[:, None] * N + o_n[None, :]
 
-    # x[(c, n2), n1], the inputs at the end of the lower half. All products are tall, and factors stand on their right.
-    o_k = o_t - (H * N - side)
-    p = p_in + i_b * s_in_b + o_k.to(tl.int64)[:, :, None] * s_in_t + o_in[None, None, :]
-    m = (o_k >= 0)[:, :, None] & m_c[None, None, :]
-    x = tl.load(p, mask=m, other=0.0).to(tl.float32)
-    x = tl.reshape(tl.permute(x, (2, 1, 0)), (BC * N, H))
-
-    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
-    ar = tl.permute(tl.reshape(tl.dot(x, tl.trans(fr), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
-    ai = tl.permute(tl.reshape(tl.dot(x, tl.trans(fi), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
-    tr, ti = load_pair(p_twiddle, o_t[None, :, :], H * N)
-    ar, ai = times(ar, ai, tr, ti)
+    # The inputs lie at the end of the lower half.
+    x = load_rows(p_in + i_b * s_in_b, o_t - (H * N - side), o_in, m_c, s_in_t)
+    ar, ai = enter(x, p_first, p_twiddle, o_t, H * N, H, N, BC, PRECISION)
     gr, gi = load_pair(p_second, o_n[:, None] * N + o_n[None, :], N * N)
-    ar, ai = tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
     ar, ai = dot_pair(ar, ai, gr, gi, PRECISION)
 
     o_s = o_f.to(tl.int64)[:, None, None] * (2 * H * N) + o_t[None, :, :]
@@ -95,19 +65,20 @@ def tile_fft_kernel(
     si = tl.load(p_spectrum + o_s + H * N, mask=m_c[:, None, None], other=0.0)
     ar, ai = times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), sr, si)
 
-    ar, ai = tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
-    ar, ai = dot_pair(ar, ai, gr, -gi, PRECISION)
-    ar, ai = times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), tr, -ti)
-    ar = tl.reshape(tl.permute(ar, (0, 2, 1)), (BC * N, H))
-    ai = tl.reshape(tl.permute(ai, (0, 2, 1)), (BC * N, H))
-    y = tl.dot(ar, fr, input_precision=PRECISION)
-    y = tl.dot(ai, fi, acc=y, input_precision=PRECISION)
-    y = tl.permute(tl.reshape(y, (BC, N, H)), (2, 1, 0))
+    ar, ai = dot_pair(tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N)), gr, -gi, PRECISION)
+    y = leave(ar, ai, p_first, p_twiddle, o_t, H * N, H, N, BC, PRECISION)
+    add_to_rows(p_out + i_b * s_out_b, y, o_t, o_c, m_c, length, s_out_t)
 
-    p = p_out + i_b * s_out_b + o_t.to(tl.int64)[:, :, None] * s_out_t + o_c[None, None, :]
-    m = (o_t < length)[:, :, None] & m_c[None, None, :]
-    before = tl.load(p, mask=m, other=0.0)
-    tl.store(p, (before.to(tl.float32) + y).to(before.dtype), mask=m)
+
+def check_operands(outputs: Tensor, inputs: Tensor, side: int, fits: bool, spectrum: Tensor) -> None:
+    """Raise ValueError where channels are not contiguous, or sizes do not fit a tile of `side` inputs."""
+    if not fits:
+        raise ValueError(f"a spectrum of shape {list(spectrum.shape)} does not serve tiles of {side} inputs")
+    if outputs.shape[-1] > side:
+        raise ValueError(f"a tile of {side} inputs has at most as many outputs, found {outputs.shape[-1]}")
+    for name, tensor in (("outputs", outputs), ("inputs", inputs)):
+        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+            raise ValueError(f"channels of {name} must be contiguous; the strides are {tensor.stride()}")
 
 
 def add_tile_fft_gpu(
@@ -126,14 +97,9 @@ def add_tile_fft_gpu(
     batch, channels, length = outputs.shape
     side = inputs.shape[-1]
     split = split_for(side)
-    if split is None or tuple(spectrum.shape[1:]) != (2, split.h, split.n):
-        raise ValueError(f"a spectrum of shape {list(spectrum.shape)} does not serve tiles of {side} inputs")
-    if length > side:
-        raise ValueError(f"a tile of {side} inputs has at most as many outputs, found {length}")
-    for name, tensor in (("outputs", outputs), ("inputs", inputs)):
-        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-            raise ValueError(f"channels of {name} must be contiguous; the strides are {tensor.stride()}")
-    if 0 in outputs.shape:
+    fits = split is not None and tuple(spectrum.shape[1:]) == (2, split.h, split.n)
+    check_operands(outputs, inputs, side, fits, spectrum)
+    if 0 in outputs.shape or split is None:
         return
     first, twiddle, second = factors(split.h, split.n, outputs.device)
     tile_fft_kernel[triton.cdiv(channels, split.channels), batch](
@@ -177,16 +143,17 @@ def tile_fft_traffic(split: Split) -> dict[str, float]:
     }
 
 
-def torch_traffic(side: int) -> dict[str, float]:
+def torch_traffic(side: int, blocks: float = 1) -> dict[str, float]:
     """The same for a tile of `side` by torch's transforms, every pass over memory counted.
 
-    Copy the inputs together, transform, multiply by the spectrum, transform back, add the upper half.
+    Copy the inputs together, transform, multiply by the spectrum, transform back, add the upper half. Further blocks
+    are products that are added.
     """
     transforms = 2 * 2.5 * 2 * side * math.log2(2 * side)
     return {
-        "reads": 4.0 * side * (1 + 1 + 2 + 2 + 2 + 1 + 1),
-        "writes": 4.0 * side * (1 + 2 + 2 + 2 + 1),
-        "flops": transforms + 6 * (side + 1) + side,
+        "reads": 4.0 * side * (1 + 1 + 2 + 2 + 2 + 1 + 1 + 6 * (blocks - 1)),
+        "writes": 4.0 * side * (1 + 2 + 2 + 2 + 1 + 2 * (blocks - 1)),
+        "flops": transforms + (8 * blocks - 2) * (side + 1) + side,
     }
 
 

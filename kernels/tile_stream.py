@@ -13,8 +13,6 @@ the mathematics in `monarch`. Source: FlashFFTConv (arXiv 2311.05908), section 3
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,87 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fi_compile.kernels.gpu import PRECISION, Variant, dot_precision, pointer
-from fi_compile.kernels.monarch import LARGE, Split, block_spectrum, has_room, outer_factors, unit
-from fi_compile.kernels.tile_fft import dot_pair, load_pair, times
+from fi_compile.kernels.monarch import LARGE, STREAMS, Stream, inner_factors, outer_factors
+from fi_compile.kernels.tile_fft import check_operands
+from fi_compile.kernels.transforms import add_to_rows, dot_pair, enter, leave, load_pair, load_rows, times
 
 # Bytes of scratch: a large GPU's second-level cache holds as much.
 SCRATCH = 32 << 20
 # Channels and columns of a program of the first and the last launch, rows of one of the second.
 CHANNELS, COLUMNS, ROWS = 8, 16, 4
-# Filters whose spectra are made at a time: values in float64.
-_QUANTUM = 1 << 24
-
-
-@dataclass(frozen=True)
-class Stream:
-    """How a transform length factors, n = 2·H·A·B, and the warps of outer and inner launches.
-
-    `narrow`: fits also where products take both operands from registers (see `monarch.Split`).
-    """
-
-    h: int
-    a: int
-    b: int
-    outer: int = 4
-    inner: int = 4
-    narrow: bool = False
-
-    @property
-    def n(self) -> int:
-        """The values of a row, N = A·B."""
-        return self.a * self.b
-
-    @property
-    def side(self) -> int:
-        """The most inputs, H·N."""
-        return self.h * self.n
-
-
-STREAMS = {
-    s.side: s
-    for s in (
-        Stream(16, 16, 16, narrow=True),
-        Stream(32, 16, 16, narrow=True),
-        Stream(32, 32, 16, narrow=True),
-        Stream(64, 32, 16, outer=8),
-        Stream(64, 32, 32, outer=8, inner=8),
-    )
-}
-
-
-def stream_for(side: int, device: torch.device) -> Stream | None:
-    """What serves tiles of `side` inputs on a device; None where nothing is offered."""
-    found = STREAMS.get(1 << (side - 1).bit_length())
-    return found if found is not None and (found.narrow or has_room(device)) else None
-
-
-@lru_cache
-def inner_factors(a: int, b: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The matrices and twiddles of a cyclic transform of A·B values: [2, A, A], [2, A, B], [2, B, B]."""
-    with torch.inference_mode(False):
-        x, y = torch.arange(a, dtype=torch.float64), torch.arange(b, dtype=torch.float64)
-        found = (unit(x[:, None] * x / a), unit(x[:, None] * y / (a * b)), unit(y[:, None] * y / b))
-        first, twiddle, second = (f.float().to(device).contiguous() for f in found)
-    return first, twiddle, second
-
-
-def tile_spectrum_stream(filters: Tensor, side: int) -> Tensor:
-    """The spectra of the lags 0 ... n - 1 of filters [F, T] in the kernels' order: float32 [F, 2, H, A, B].
-
-    Lags beyond T count as zero; scale and signs as in `monarch.tile_spectrum_gpu`. Raises ValueError where nothing
-    serves tiles of `side`.
-    """
-    stream = STREAMS.get(1 << (side - 1).bit_length())
-    if stream is None:
-        raise ValueError(f"nothing serves tiles of {side} inputs; there are {sorted(STREAMS)}")
-    split = Split(stream.h, stream.n, 1, 1)
-    out = filters.new_empty(filters.shape[0], 2, stream.h, stream.a, stream.b, dtype=torch.float32)
-    width = max(1, _QUANTUM // split.length)
-    for start in range(0, filters.shape[0], width):
-        made = block_spectrum(filters[start : start + width, : split.length].double(), split)
-        # k2 = ka + A·kb.
-        out[start : start + width] = made.unflatten(-1, (stream.b, stream.a)).mT
-    return out
 
 
 @triton.jit
@@ -116,6 +41,7 @@ def stream_enter_kernel(
     start,
     side,
     width,
+    s_work_b,
     s_in_b,
     s_in_t,
     HAS_SOURCE: tl.constexpr,
@@ -125,27 +51,79 @@ def stream_enter_kernel(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program transforms BN columns of BC channels of one row along n1: scratch [B, width, 2, H, N]."""
+    """A program transforms BN columns of BC channels of one row along n1: work [B, width, 2, H, N]."""
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     i_b = tl.program_id(2).to(tl.int64)
     m_c = o_c < width
     o_in = tl.load(p_source + start + o_c, mask=m_c, other=0) if HAS_SOURCE else start + o_c
-    o_h = tl.arange(0, H)
-    o_k = o_h[:, None] * N + o_n[None, :] - (H * N - side)
-    p = p_in + i_b * s_in_b + o_k.to(tl.int64)[:, :, None] * s_in_t + o_in[None, None, :]
-    x = tl.load(p, mask=(o_k >= 0)[:, :, None] & m_c[None, None, :], other=0.0).to(tl.float32)
-    x = tl.reshape(tl.permute(x, (2, 1, 0)), (BC * BN, H))
-    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
-    ar = tl.reshape(tl.dot(x, tl.trans(fr), input_precision=PRECISION), (BC, BN, H))
-    ai = tl.reshape(tl.dot(x, tl.trans(fi), input_precision=PRECISION), (BC, BN, H))
-    ar, ai = tl.permute(ar, (0, 2, 1)), tl.permute(ai, (0, 2, 1))
-    o_t = o_h[None, :, None] * N + o_n[None, None, :]
-    tr, ti = load_pair(p_twiddle, o_t, H * N)
-    ar, ai = times(ar, ai, tr, ti)
-    p = p_work + (i_b * width + o_c)[:, None, None] * (2 * H * N) + o_t
-    tl.store(p, ar, mask=m_c[:, None, None])
-    tl.store(p + H * N, ai, mask=m_c[:, None, None])
+    o_t = tl.arange(0, H)[:, None] * N + o_n[None, :]
+    x = load_rows(p_in + i_b * s_in_b, o_t - (H * N - side), o_in, m_c, s_in_t)
+    ar, ai = enter(x, p_first, p_twiddle, o_t, H * N, H, BN, BC, PRECISION)
+    p = p_work + i_b * s_work_b + o_c.to(tl.int64)[:, None, None] * (2 * H * N) + o_t[None, :, :]
+    tl.store(p, tl.reshape(ar, (BC, H, BN)), mask=m_c[:, None, None])
+    tl.store(p + H * N, tl.reshape(ai, (BC, H, BN)), mask=m_c[:, None, None])
+
+
+@triton.jit
+def load_inner(p_first, p_twiddle, p_second, A: tl.constexpr, B: tl.constexpr):
+    """Both parts of the inner matrices and twiddles: [A, A], [1, A, B], [B, B]."""
+    o_a, o_b = tl.arange(0, A), tl.arange(0, B)
+    fr, fi = load_pair(p_first, o_a[:, None] * A + o_a[None, :], A * A)
+    tr, ti = load_pair(p_twiddle, o_a[None, :, None] * B + o_b[None, None, :], A * B)
+    gr, gi = load_pair(p_second, o_b[:, None] * B + o_b[None, :], B * B)
+    return fr, fi, tr, ti, gr, gi
+
+
+@triton.jit
+def transform_rows(
+    xr,
+    xi,
+    fr,
+    fi,
+    tr,
+    ti,
+    gr,
+    gi,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rows of A·B values, [BR, A, B], by both inner products and the twiddles between them."""
+    xr = tl.reshape(tl.permute(xr, (0, 2, 1)), (BR * B, A))
+    xi = tl.reshape(tl.permute(xi, (0, 2, 1)), (BR * B, A))
+    xr, xi = dot_pair(xr, xi, fr, fi, PRECISION)
+    xr = tl.permute(tl.reshape(xr, (BR, B, A)), (0, 2, 1))
+    xi = tl.permute(tl.reshape(xi, (BR, B, A)), (0, 2, 1))
+    xr, xi = times(xr, xi, tr, ti)
+    xr, xi = dot_pair(tl.reshape(xr, (BR * A, B)), tl.reshape(xi, (BR * A, B)), gr, gi, PRECISION)
+    return tl.reshape(xr, (BR, A, B)), tl.reshape(xi, (BR, A, B))
+
+
+@triton.jit
+def transform_rows_back(
+    xr,
+    xi,
+    fr,
+    fi,
+    tr,
+    ti,
+    gr,
+    gi,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    BR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The mirror image of `transform_rows`."""
+    xr, xi = dot_pair(tl.reshape(xr, (BR * A, B)), tl.reshape(xi, (BR * A, B)), gr, -gi, PRECISION)
+    xr, xi = times(tl.reshape(xr, (BR, A, B)), tl.reshape(xi, (BR, A, B)), tr, -ti)
+    xr = tl.reshape(tl.permute(xr, (0, 2, 1)), (BR * B, A))
+    xi = tl.reshape(tl.permute(xi, (0, 2, 1)), (BR * B, A))
+    xr, xi = dot_pair(xr, xi, fr, -fi, PRECISION)
+    xr = tl.permute(tl.reshape(xr, (BR, B, A)), (0, 2, 1))
+    return xr, tl.permute(tl.reshape(xi, (BR, B, A)), (0, 2, 1))
 
 
 @triton.jit
@@ -157,7 +135,7 @@ def stream_middle_kernel(
     p_second,
     p_index,
     start,
-    width,
+    s_work_b,
     HAS_INDEX: tl.constexpr,
     H: tl.constexpr,
     A: tl.constexpr,
@@ -172,31 +150,15 @@ def stream_middle_kernel(
     i_f = tl.load(p_index + start + i_c) if HAS_INDEX else (start + i_c).to(tl.int64)
     o_a, o_b = tl.arange(0, A), tl.arange(0, B)
     o_x = o_r[:, None, None] * (A * B) + o_a[None, :, None] * B + o_b[None, None, :]
-    p = p_work + (i_b * width + i_c) * (2 * H * A * B) + o_x
+    p = p_work + i_b * s_work_b + i_c.to(tl.int64) * (2 * H * A * B) + o_x
     xr, xi = tl.load(p), tl.load(p + H * A * B)
-    fr, fi = load_pair(p_first, o_a[:, None] * A + o_a[None, :], A * A)
-    gr, gi = load_pair(p_second, o_b[:, None] * B + o_b[None, :], B * B)
-    tr, ti = load_pair(p_twiddle, o_a[None, :, None] * B + o_b[None, None, :], A * B)
-
-    xr = tl.reshape(tl.permute(xr, (0, 2, 1)), (BR * B, A))
-    xi = tl.reshape(tl.permute(xi, (0, 2, 1)), (BR * B, A))
-    xr, xi = dot_pair(xr, xi, fr, fi, PRECISION)
-    xr = tl.permute(tl.reshape(xr, (BR, B, A)), (0, 2, 1))
-    xi = tl.permute(tl.reshape(xi, (BR, B, A)), (0, 2, 1))
-    xr, xi = times(xr, xi, tr, ti)
-    xr, xi = dot_pair(tl.reshape(xr, (BR * A, B)), tl.reshape(xi, (BR * A, B)), gr, gi, PRECISION)
-
-    p_s = p_spectrum + i_f * (2 * H * A * B) + o_x
-    sr, si = tl.load(p_s), tl.load(p_s + H * A * B)
-    xr, xi = times(tl.reshape(xr, (BR, A, B)), tl.reshape(xi, (BR, A, B)), sr, si)
-
-    xr, xi = dot_pair(tl.reshape(xr, (BR * A, B)), tl.reshape(xi, (BR * A, B)), gr, -gi, PRECISION)
-    xr, xi = times(tl.reshape(xr, (BR, A, B)), tl.reshape(xi, (BR, A, B)), tr, -ti)
-    xr = tl.reshape(tl.permute(xr, (0, 2, 1)), (BR * B, A))
-    xi = tl.reshape(tl.permute(xi, (0, 2, 1)), (BR * B, A))
-    xr, xi = dot_pair(xr, xi, fr, -fi, PRECISION)
-    tl.store(p, tl.permute(tl.reshape(xr, (BR, B, A)), (0, 2, 1)))
-    tl.store(p + H * A * B, tl.permute(tl.reshape(xi, (BR, B, A)), (0, 2, 1)))
+    fr, fi, tr, ti, gr, gi = load_inner(p_first, p_twiddle, p_second, A, B)
+    xr, xi = transform_rows(xr, xi, fr, fi, tr, ti, gr, gi, A, B, BR, PRECISION)
+    sr, si = load_pair(p_spectrum + i_f * (2 * H * A * B), o_x, H * A * B)
+    xr, xi = times(xr, xi, sr, si)
+    xr, xi = transform_rows_back(xr, xi, fr, fi, tr, ti, gr, gi, A, B, BR, PRECISION)
+    tl.store(p, xr)
+    tl.store(p + H * A * B, xi)
 
 
 @triton.jit
@@ -208,6 +170,7 @@ def stream_leave_kernel(
     start,
     length,
     width,
+    s_work_b,
     s_out_b,
     s_out_t,
     H: tl.constexpr,
@@ -221,24 +184,12 @@ def stream_leave_kernel(
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     i_b = tl.program_id(2).to(tl.int64)
     m_c = o_c < width
-    o_h = tl.arange(0, H)
-    o_k = o_h[None, :, None] * N + o_n[None, None, :]
-    p = p_work + (i_b * width + o_c)[:, None, None] * (2 * H * N) + o_k
-    ar = tl.load(p, mask=m_c[:, None, None], other=0.0)
-    ai = tl.load(p + H * N, mask=m_c[:, None, None], other=0.0)
-    tr, ti = load_pair(p_twiddle, o_k, H * N)
-    ar, ai = times(ar, ai, tr, -ti)
-    ar = tl.reshape(tl.permute(ar, (0, 2, 1)), (BC * BN, H))
-    ai = tl.reshape(tl.permute(ai, (0, 2, 1)), (BC * BN, H))
-    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
-    y = tl.dot(ar, fr, input_precision=PRECISION)
-    y = tl.dot(ai, fi, acc=y, input_precision=PRECISION)
-    y = tl.permute(tl.reshape(y, (BC, BN, H)), (2, 1, 0))
-    o_t = o_h[:, None] * N + o_n[None, :]
-    p = p_out + i_b * s_out_b + o_t.to(tl.int64)[:, :, None] * s_out_t + (start + o_c)[None, None, :]
-    m = (o_t < length)[:, :, None] & m_c[None, None, :]
-    before = tl.load(p, mask=m, other=0.0)
-    tl.store(p, (before.to(tl.float32) + y).to(before.dtype), mask=m)
+    o_t = tl.arange(0, H)[:, None] * N + o_n[None, :]
+    p = p_work + i_b * s_work_b + o_c.to(tl.int64)[:, None, None] * (2 * H * N) + o_t[None, :, :]
+    ar = tl.reshape(tl.load(p, mask=m_c[:, None, None], other=0.0), (BC * H, BN))
+    ai = tl.reshape(tl.load(p + H * N, mask=m_c[:, None, None], other=0.0), (BC * H, BN))
+    y = leave(ar, ai, p_first, p_twiddle, o_t, H * N, H, BN, BC, PRECISION)
+    add_to_rows(p_out + i_b * s_out_b, y, o_t, start + o_c, m_c, length, s_out_t)
 
 
 def channels_at_once(stream: Stream, batch: int) -> int:
@@ -257,70 +208,87 @@ def add_tile_stream_gpu(
 
     Raises ValueError for what does not fit.
     """
-    batch, channels, length = outputs.shape
+    batch, channels, _ = outputs.shape
     side = inputs.shape[-1]
     stream = STREAMS.get(1 << (side - 1).bit_length())
-    if stream is None or tuple(spectrum.shape[1:]) != (2, stream.h, stream.a, stream.b):
-        raise ValueError(f"a spectrum of shape {list(spectrum.shape)} does not serve tiles of {side} inputs")
-    if length > side:
-        raise ValueError(f"a tile of {side} inputs has at most as many outputs, found {length}")
-    for name, tensor in (("outputs", outputs), ("inputs", inputs)):
-        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-            raise ValueError(f"channels of {name} must be contiguous; the strides are {tensor.stride()}")
-    if 0 in outputs.shape:
+    fits = stream is not None and tuple(spectrum.shape[1:]) == (2, stream.h, stream.a, stream.b)
+    check_operands(outputs, inputs, side, fits, spectrum)
+    if 0 in outputs.shape or stream is None:
         return
-    h, n = stream.h, stream.n
-    outer, twiddle = outer_factors(h, n, outputs.device)
     inner = inner_factors(stream.a, stream.b, outputs.device)
     most = min(channels, channels_at_once(stream, batch))
-    work = torch.empty(batch * most * 2 * h * n, dtype=torch.float32, device=outputs.device)
-    shape: dict[str, Any] = {"H": h, "N": n, "BC": CHANNELS, "BN": COLUMNS, "PRECISION": dot_precision()}
+    work = scratch(stream, batch, most, outputs)
     for start in range(0, channels, most):
         width = min(most, channels - start)
-        grid = (n // COLUMNS, triton.cdiv(width, CHANNELS), batch)
-        stream_enter_kernel[grid](
-            work,
-            inputs,
-            outer,
-            twiddle,
-            pointer(source, inputs),
-            start,
-            side,
-            width,
-            inputs.stride(0),
-            inputs.stride(2),
-            HAS_SOURCE=source is not None,
-            **shape,
-            num_warps=stream.outer,
-        )
-        stream_middle_kernel[h // ROWS, width, batch](
+        enter_stream(work[:, :width], inputs, stream, source, start)
+        stream_middle_kernel[stream.h // ROWS, width, batch](
             work,
             spectrum,
             *inner,
             pointer(filter_index, inputs),
             start,
-            width,
+            work.stride(0),
             HAS_INDEX=filter_index is not None,
-            H=h,
+            H=stream.h,
             A=stream.a,
             B=stream.b,
             BR=ROWS,
             PRECISION=dot_precision(),
             num_warps=stream.inner,
         )
-        stream_leave_kernel[grid](
-            outputs,
-            work,
-            outer,
-            twiddle,
-            start,
-            length,
-            width,
-            outputs.stride(0),
-            outputs.stride(2),
-            **shape,
-            num_warps=stream.outer,
-        )
+        leave_stream(outputs, work[:, :width], stream, start)
+
+
+def scratch(stream: Stream, batch: int, width: int, like: Tensor) -> Tensor:
+    """Room for what lies between launches, float32 [B, width, 2, H, A, B]."""
+    shape = (batch, width, 2, stream.h, stream.a, stream.b)
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def enter_stream(
+    work: Tensor, inputs: Tensor, stream: Stream, source: Tensor | None = None, start: int = 0
+) -> None:
+    """The first launch: channels of inputs, or of `source`, from `start` on into work [B, width, ...]."""
+    batch, width = work.shape[:2]
+    stream_enter_kernel[_outer_grid(stream, width, batch)](
+        work,
+        inputs,
+        *outer_factors(stream.h, stream.n, inputs.device),
+        pointer(source, inputs),
+        start,
+        inputs.shape[-1],
+        width,
+        work.stride(0),
+        inputs.stride(0),
+        inputs.stride(2),
+        **{"HAS_SOURCE": source is not None, **_outer(stream)},
+    )
+
+
+def leave_stream(outputs: Tensor, work: Tensor, stream: Stream, start: int) -> None:
+    """The last launch: add what is in work [B, width, ...] to the channels of outputs from `start` on."""
+    batch, width = work.shape[:2]
+    stream_leave_kernel[_outer_grid(stream, width, batch)](
+        outputs,
+        work,
+        *outer_factors(stream.h, stream.n, outputs.device),
+        start,
+        outputs.shape[-1],
+        width,
+        work.stride(0),
+        outputs.stride(0),
+        outputs.stride(2),
+        **_outer(stream),
+    )
+
+
+def _outer_grid(stream: Stream, width: int, batch: int) -> tuple[int, int, int]:
+    return stream.n // COLUMNS, -(-width // CHANNELS), batch
+
+
+def _outer(stream: Stream) -> dict[str, Any]:
+    sizes = {"H": stream.h, "N": stream.n, "BC": CHANNELS, "BN": COLUMNS}
+    return {**sizes, "PRECISION": dot_precision(), "num_warps": stream.outer}
 
 
 def tile_stream_traffic(stream: Stream) -> dict[str, float]:
@@ -379,9 +347,7 @@ def _launches(stream: Stream) -> Iterator[Variant]:
             types=types,
             constants=constants,
             hip={"PRECISION": PRECISION["hip"]},
-            aligned=tuple(
-                a for a in ("start", "side", "width", "s_in_b", "s_in_t", "s_out_b", "s_out_t") if a in names
-            ),
+            aligned=tuple(a for a in names if a.startswith("s_") or a in ("start", "side", "width")),
             warps=warps,
             work=f"{channels} channels",
             reads=channels * 4.0 * side * reads,

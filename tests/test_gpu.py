@@ -15,7 +15,7 @@ from decoding import features, gap, ids, lanes, language_model, module, rounding
 from fi_compile.kernels.block import block_sum_reference, block_table
 from fi_compile.kernels.gpu import capable
 from fi_compile.kernels.long_conv import long_conv
-from fi_compile.mixers.tiles import TILES
+from fi_compile.mixers.bank import TILES
 from fi_compile.schedule import Tile
 from guarded import assert_close, rand
 
@@ -220,7 +220,8 @@ def test_tiles_are_captured(without_gradients):
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_streamed_tiles(batch):
-    from fi_compile.kernels.tile_stream import STREAMS, add_tile_stream_gpu, stream_for, tile_spectrum_stream
+    from fi_compile.kernels.monarch import STREAMS, stream_for, tile_spectrum_stream
+    from fi_compile.kernels.tile_stream import add_tile_stream_gpu
 
     for side in (s for s in STREAMS if stream_for(s, DEVICE)):
         for length in (side, side - 5):

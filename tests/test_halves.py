@@ -65,7 +65,7 @@ def test_inputs_that_are_gone_are_not_asked_for():
         state.restart(3)
     with pytest.raises(ValueError, match="dropped"):
         state.grow(bank(128, keep_history=False))
-    for options in ({"deferred": True}, {"reach": 2}, {"kernels": "triton"}):
+    for options in ({"deferred": True}, {"reach": 2}):
         with pytest.raises(ValueError, match="given up"):
             bank(4096, keep_history=False, **options)
 

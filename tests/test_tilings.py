@@ -237,6 +237,6 @@ def test_decoders_under_every_tiling(options, block):
             assert gap(found[row], model(dec.inputs[row : row + 1, : length + 30])[0, -1]) < 1e-10
 
 
-def test_bounded_latency_is_for_torchs_kernels():
+def test_deferred_tiles_need_two_equal_blocks():
     with pytest.raises(ValueError, match="two equal blocks"):
         make_bank("identity", 64, 5, 4, True)

@@ -10,10 +10,14 @@ from torch import Tensor
 from fi_compile.costs import piece_elements
 from fi_compile.kernels.block import block_table
 from fi_compile.kernels.prefix import write_prefix
-from fi_compile.mixers.tiles import TILES, KeptSpectra, TileWork
 from fi_compile.schedule import SLACK, Schedule, Tile
 
 from .pairs import count_pairs
+from .tile_work import KeptSpectra, TileWork
+from .tiles import TorchTiles
+from .triton_tiles import TritonTiles
+
+TILES = {"torch": TorchTiles, "triton": TritonTiles}
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,7 +44,7 @@ class FilterBank:
 
     keep_history: whether all inputs stay at hand. Else `capacity` is half of the `total` positions that the filters
     reach, in whole blocks: half way a state gives up its inputs for what they contribute to the second half. Not with
-    deferred tiles, a reach or Triton; where less than two blocks can be saved everything is kept.
+    deferred tiles or a reach; where less than two blocks can be saved everything is kept.
 
     block_table [2K, P] is what `kernels.block.block_sum` reads; skip [P] is lag 0. Raises
     ValueError for shapes, indices or dtypes that do not fit together.
@@ -70,14 +74,10 @@ class FilterBank:
         count = sum(len(part) for part in parts)
         if block < 1:
             raise ValueError(f"a base block has at least one position, found {block}")
-        if deferred and (block % 2 or kernels != "torch"):
-            raise ValueError(
-                f"deferred tiles need two equal blocks and torch's kernels, found {block}, {kernels}"
-            )
-        if not keep_history and (deferred or reach is not None or kernels != "torch"):
-            raise ValueError(
-                "a history is given up with torch's tiles alone, neither deferred nor of a reach"
-            )
+        if deferred and block % 2:
+            raise ValueError(f"deferred tiles need two equal blocks, found {block} positions")
+        if not keep_history and (deferred or reach is not None):
+            raise ValueError("a history is not given up with deferred tiles, nor where filters have a reach")
         pairs = count_pairs(source, filter_index, channels_in, count)
         if target is not None and (target.numel() != pairs or bool((target.diff() < 0).any())):
             raise ValueError(
@@ -109,8 +109,7 @@ class FilterBank:
         self.tiles = TILES[chosen](
             self.filters[:, : self.capacity], self.source, self.filter_index, self.target
         )
-        self.radix = 2 if chosen == "triton" else radix  # those kernels serve one block of inputs a tile
-        self.deferred = deferred
+        self.radix, self.deferred = radix, deferred
         if deferred:
             # Made now: on first use it would hold up a single position.
             self.tiles.prepare(self.schedule(0))
@@ -171,7 +170,7 @@ class FilterBank:
     def begin_tile(self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra) -> TileWork:
         """The same in pieces, none of which has run yet."""
         elements = piece_elements(self.schedule(0), self.channels_out * history.shape[0])
-        return TileWork(self.tiles, tile, history, pending, kept, elements)
+        return self.tiles.begin(tile, history, pending, kept, elements)
 
     def write_prefix(self, history: Tensor, pending: Tensor, length: int) -> None:
         """Make pending[..., length:] what the first `length` inputs contribute, and no more."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .tiles import TileWork
+from .tile_work import TileWork
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .bank import FilterBank, state_dtype
 from .flight import Flight
-from .tiles import KeptSpectra
+from .tile_work import KeptSpectra
 
 __all__ = ["ConvState", "FilterBank", "state_dtype"]
 

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fi_compile
 from corpus import SPELLINGS
 from decoding import EAGER, features, gap, ids, lanes, language_model, module, rounding
-from fi_compile.kernels import block_step, tile_direct, tile_fft
+from fi_compile.kernels import block_step, tile_direct, tile_fft, tile_forms
 from fi_compile.mixers.stack import ConvState, FilterBank
-from fi_compile.mixers.tiles import TritonTiles
+from fi_compile.mixers.triton_tiles import TritonTiles
 from guarded import rand
 
 SOURCE, INDEX = torch.tensor([2, 0, 1, 1, 0]), torch.tensor([0, 1, 1, 2, 0])
@@ -57,9 +57,9 @@ def decode(state: ConvState, inputs: torch.Tensor, stop: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 150), (torch.float64, 70)])
 def test_stack_equals_the_direct_sum(dtype, length, launches, monkeypatch):
-    monkeypatch.setattr(tile_direct, "LARGEST", 16)
+    monkeypatch.setattr(tile_forms, "LARGEST", 16)
     # For so small tiles torch's transforms would be chosen.
-    monkeypatch.setattr(tile_fft, "torch_traffic", lambda side: {"reads": math.inf, "writes": 0, "flops": 0})
+    monkeypatch.setattr(tile_forms, "torch_traffic", lambda *_: {"reads": math.inf, "writes": 0, "flops": 0})
     inputs, filters = rand(2, 3, length, dtype=dtype), rand(3, length, dtype=dtype, seed=1) / 10
     bank = FilterBank(filters, SOURCE, INDEX, channels_in=3, block=8, kernels="triton")
     state = ConvState(bank, 2)

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from fi_compile.kernels import tile_stream
+from fi_compile.kernels.monarch import STREAMS, Stream, tile_spectrum_stream
 from fi_compile.kernels.tile import add_tile_fft, tile_reference, tile_spectrum
-from fi_compile.kernels.tile_stream import STREAMS, Stream, add_tile_stream_gpu, tile_spectrum_stream
+from fi_compile.kernels.tile_stream import add_tile_stream_gpu
 from guarded import assert_close, channels_last, fenced, rand, untouched
 
 SMALL = Stream(16, 16, 16)
@@ -58,7 +59,7 @@ def test_every_factor_is_used_right(stream):
     """One channel at the full length."""
     side = stream.side
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tile_stream, "STREAMS", {side: stream})
+        patch.setitem(STREAMS, side, stream)
         inputs, rho, *_ = problem(1, side, side, 2 * side, False)
         inputs, rho = inputs[:, :1], rho[:1]
         expected = torch.zeros(1, 1, side, dtype=torch.float64)

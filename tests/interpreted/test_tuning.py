@@ -10,7 +10,7 @@ import torch
 
 from fi_compile.errors import FlashinfWarning
 from fi_compile.kernels import tuning
-from fi_compile.mixers.tiles import TritonTiles
+from fi_compile.mixers.triton_tiles import TritonTiles
 from fi_compile.schedule import Tile
 
 sys.path.append(str(Path(__file__).parents[2]))

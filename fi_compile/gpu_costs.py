@@ -1,0 +1,41 @@
+"""What mixing takes on a GPU by its datasheet: the prediction that tilings are chosen by where Triton runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from .costs import piece_elements
+from .kernels.gpu import H100, Rates
+from .kernels.tile_forms import LAUNCH, fastest, launches, traffic
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class GpuCosts:
+    """Tiles by the forms of `kernels.tile_forms` on a device, in the time that `rates` and launches promise."""
+
+    dtype: torch.dtype
+    device: torch.device
+    rates: Rates = H100
+
+    def seconds_per_token(self, schedule: Schedule, channels: int, rows: int) -> float:
+        """All mixing of `channels` of one row, a step summing `rows` rows, over the whole of a schedule, in float32."""
+        tokens = max(1, schedule.capacity - schedule.origin)
+        inputs, total = schedule.count_inputs(), 0.0
+        for side, count in schedule.count_tiles().items():
+            total += count * self._tile_seconds(schedule, side, inputs[side] / side / count, channels)
+        # In a step: inputs and lags of half of a block, what is pending and what leaves; twice the newest input.
+        moved = 4.0 * channels * (rows - 1 + 2 + 4)
+        return total / tokens + moved / self.rates.bandwidth + LAUNCH
+
+    def _tile_seconds(self, schedule: Schedule, side: int, blocks: float, channels: int) -> float:
+        kept = schedule.radix > 2 or schedule.deferred
+        form = fastest(self.rates, side, side, self.dtype, self.device, kept)
+        seconds = channels * self.rates.seconds(**traffic(form, side, side, blocks, kept))
+        pieces = 1
+        if schedule.deferred:
+            pieces = ceil(channels * 2 * side / piece_elements(schedule, channels))
+        return seconds + LAUNCH * max(pieces, launches(form, side, channels, kept))

@@ -1,0 +1,97 @@
+"""The products of `monarch` as parts of kernels: what tiles and convolutions of whole sequences share.
+
+All products are tall, and factors stand on their right. A value's two parts, real and imaginary, go together.
+"""
+
+# What kernels mean by types and loops is Triton's affair.
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportAssignmentType=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_pair(p, o, gap):
+    """The real parts at offsets o, and the imaginary parts `gap` further on."""
+    return tl.load(p + o), tl.load(p + o + gap)
+
+
+@triton.jit
+def times(ar, ai, br, bi):
+    """The complex product (ar + i·ai) · (br + i·bi)."""
+    return ar * br - ai * bi, ar * bi + ai * br
+
+
+@triton.jit
+def dot_pair(ar, ai, br, bi, PRECISION: tl.constexpr):
+    """The complex matrix product (ar + i·ai) @ (br + i·bi)."""
+    re = tl.dot(ar, br, input_precision=PRECISION)
+    re = tl.dot(-ai, bi, acc=re, input_precision=PRECISION)
+    im = tl.dot(ar, bi, input_precision=PRECISION)
+    return re, tl.dot(ai, br, acc=im, input_precision=PRECISION)
+
+
+@triton.jit
+def enter(
+    x,
+    p_first,
+    p_twiddle,
+    o_t,
+    gap,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Real values x [H, N, BC] by the first product and the twiddles at o_t [H, N]: the two parts, [BC·H, N]."""
+    o_h = tl.arange(0, H)
+    x = tl.reshape(tl.permute(x, (2, 1, 0)), (BC * N, H))
+    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
+    ar = tl.permute(tl.reshape(tl.dot(x, tl.trans(fr), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
+    ai = tl.permute(tl.reshape(tl.dot(x, tl.trans(fi), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
+    tr, ti = load_pair(p_twiddle, o_t[None, :, :], gap)
+    ar, ai = times(ar, ai, tr, ti)
+    return tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
+
+
+@triton.jit
+def leave(
+    ar,
+    ai,
+    p_first,
+    p_twiddle,
+    o_t,
+    gap,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    BC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The mirror image of `enter`: the two parts, [BC·H, N], as real values [H, N, BC]."""
+    o_h = tl.arange(0, H)
+    tr, ti = load_pair(p_twiddle, o_t[None, :, :], gap)
+    ar, ai = times(tl.reshape(ar, (BC, H, N)), tl.reshape(ai, (BC, H, N)), tr, -ti)
+    ar = tl.reshape(tl.permute(ar, (0, 2, 1)), (BC * N, H))
+    ai = tl.reshape(tl.permute(ai, (0, 2, 1)), (BC * N, H))
+    fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
+    y = tl.dot(ar, fr, input_precision=PRECISION)
+    y = tl.dot(ai, fi, acc=y, input_precision=PRECISION)
+    return tl.permute(tl.reshape(y, (BC, N, H)), (2, 1, 0))
+
+
+@triton.jit
+def add_to_rows(p_out, y, o_t, o_c, m_c, length, s_t):
+    """Add y [H, N, BC] to outputs o_t [H, N] < length of channels o_c, which are contiguous."""
+    p = p_out + o_t.to(tl.int64)[:, :, None] * s_t + o_c[None, None, :]
+    m = (o_t < length)[:, :, None] & m_c[None, None, :]
+    before = tl.load(p, mask=m, other=0.0)
+    tl.store(p, (before.to(tl.float32) + y).to(before.dtype), mask=m)
+
+
+@triton.jit
+def load_rows(p_in, o_k, o_c, m_c, s_t):
+    """Inputs o_k [H, N] of channels o_c, float32 [H, N, BC]; zero where o_k is negative or a channel masked."""
+    p = p_in + o_k.to(tl.int64)[:, :, None] * s_t + o_c[None, None, :]
+    return tl.load(p, mask=(o_k >= 0)[:, :, None] & m_c[None, None, :], other=0.0).to(tl.float32)

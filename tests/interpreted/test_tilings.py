@@ -1,0 +1,169 @@
+"""Every tiling and option with `kernels="triton"`: the state of a stack, its memory, and the decoder end to end."""
+
+import math
+
+import pytest
+import torch
+
+import fi_compile
+from decoding import EAGER, gap, ids, language_model
+from fi_compile import costs
+from fi_compile.costs import RADICES, choose_tiling
+from fi_compile.gpu_costs import GpuCosts
+from fi_compile.kernels import tile_forms
+from fi_compile.kernels.block import block_sum
+from fi_compile.mixers import triton_tiles
+from fi_compile.mixers.reference import convolve
+from fi_compile.mixers.stack import ConvState, FilterBank
+from fi_compile.schedule import Tile
+from guarded import rand
+
+SOURCE, INDEX = torch.tensor([2, 0, 1, 1, 0]), torch.tensor([0, 1, 1, 2, 0])
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def matrices(monkeypatch):
+    """Tiles on matrix units at every side, for which so small ones would not be chosen."""
+    monkeypatch.setattr(tile_forms, "LARGEST", 0)
+    monkeypatch.setattr(tile_forms, "torch_traffic", lambda *_: {"reads": math.inf, "writes": 0, "flops": 0})
+
+
+def decode(state, inputs, stop, start=0):
+    """The step in plain torch from the state's position on."""
+    bank, outputs = state.bank, []
+    while (t := state.position + state.dropped) < stop:
+        j, u = torch.tensor([state.local]), inputs[:, :, t - start]
+        now = u if bank.source is None else u[:, bank.source]
+        z = state.block_pending.index_select(0, j)[0] + bank.skip * now
+        outputs.append(z + block_sum(state.block_inputs, bank.block_table, j, bank.source))
+        state.block_inputs.index_copy_(0, j, u[None])
+        state.advance()
+    return torch.stack(outputs, -1)
+
+
+def assert_exact(found, inputs, filters, source=None, index=None):
+    filters = filters if index is None else filters[index]
+    expected = convolve(inputs.double(), filters.double(), source, 1)
+    scale = inputs.double().norm(dim=-1).max() * filters.double().norm(dim=-1).max()
+    error = (found.double() - expected).abs().max()
+    assert error <= 3 * torch.finfo(torch.float32).eps * scale, float(error)
+
+
+@pytest.mark.parametrize(
+    ("radix", "deferred", "maps"),
+    [
+        (4, False, True),
+        (8, False, False),
+        (2, True, True),
+        pytest.param(4, True, False, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("matrices")
+def test_every_tiling_equals_the_direct_sum(radix, deferred, maps, monkeypatch):
+    """Blocks whose spectra are kept, in pieces of two channels; a copy, which keeps none, goes on."""
+    monkeypatch.setattr(triton_tiles, "_QUANTUM", 2)
+    monkeypatch.setattr(costs, "_SMALLEST_PIECE", 1)
+    monkeypatch.setattr(costs, "_PIECE_OPERATIONS", 1 << 40)
+    length, tiling = 53, {"radix": radix, "deferred": deferred}
+    source, index = (SOURCE, INDEX) if maps else (None, None)
+    inputs, filters = rand(2, 3, length, dtype=torch.float32), rand(3, length, dtype=torch.float32, seed=1)
+    bank = FilterBank(filters, source, index, channels_in=3, block=8, kernels="triton", **tiling)
+    state = ConvState(bank, 2)
+    found = decode(state, inputs, 38)
+    copy = state.select_rows(torch.tensor([1, 0]))
+    found = torch.cat([found, decode(copy, inputs[[1, 0]], length)[[1, 0]]], -1)
+    assert_exact(found, inputs, filters, source, index)
+    predicted, forms = bank.predict_bytes(2), {bank.tiles.form(tile) for tile in bank.schedule(0)}
+    assert forms == {"matrix"}
+    while state.position < length - 1:
+        state.advance()
+    assert state.tiles_run == bank.schedule(0).count_tiles()
+    assert state.nbytes == predicted["state"] + predicted["spectra of inputs"]
+    assert bank.nbytes == predicted["filters"] + predicted["spectra of filters"]
+
+
+@pytest.mark.parametrize(("radix", "deferred"), [(4, False), (2, True)])
+def test_direct_tiles_of_several_blocks(radix, deferred):
+    inputs, filters = rand(1, 2, 40, dtype=torch.float64), rand(2, 40, dtype=torch.float64, seed=1)
+    bank = FilterBank(filters, channels_in=2, block=8, kernels="triton", radix=radix, deferred=deferred)
+    assert {bank.tiles.form(tile) for tile in bank.schedule(0)} == {"direct"}
+    state = ConvState(bank, 1)
+    assert (decode(state, inputs, 40) - convolve(inputs, filters, None, 1)).abs().max() < 1e-12
+    predicted = bank.predict_bytes(1)
+    assert bank.nbytes == predicted["filters"] + predicted["spectra of filters"]
+
+
+@pytest.mark.parametrize("prompt", [0, 30, 50])
+@pytest.mark.usefixtures("matrices")
+def test_half_of_the_state(prompt):
+    """Inputs are given up half way, in their own memory."""
+    inputs, filters = rand(2, 3, 64, dtype=torch.float32), rand(3, 64, dtype=torch.float32, seed=1)
+    bank = FilterBank(filters, channels_in=3, block=8, kernels="triton", radix=4, keep_history=False)
+    state = ConvState(bank, 2)
+    assert bank.capacity == 32
+    assert state.history is state.pending
+    assert state.history.stride(1) == 1
+    expected = convolve(inputs.double(), filters.double(), None, 1)
+    if prompt:
+        state.fill(inputs[:, :, :prompt])
+    found = decode(state, inputs, 64)
+    scale = inputs.double().norm(dim=-1).max() * filters.double().norm(dim=-1).max()
+    assert (found - expected[:, :, prompt:]).abs().max() <= 3 * torch.finfo(torch.float32).eps * scale
+    assert state.dropped == max(32, prompt)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"radix": 4}, {"latency": "bounded"}, {"keep_history": False}],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.usefixtures("matrices")
+def test_a_decoder_under_every_option(options, without_gradients):
+    """A prompt, steps, a way back and a fork, beside the model."""
+    model = language_model("fft_scale_on_filter").float()
+    sequence = ids(2, 44)
+    expected = model(sequence)
+    dec = fi_compile.decoder(
+        model, sequence[:, :9], max_length=64, options={**EAGER, "kernels": "triton", "block": 8, **options}
+    )
+    assert gap(dec.prefill(sequence[:, :5]), expected[:, 4]) < 1e-4
+    found = [dec.step(sequence[:, t]) for t in range(5, 36)]
+    dec.rewind(22)
+    other = dec.fork()
+    found += [dec.step(sequence[:, t]) for t in range(22, 24)]
+    assert gap(torch.stack(found, 1), torch.cat([expected[:, 5:36], expected[:, 22:24]], 1)) < 1e-4
+    assert gap(other.step(sequence[:, 22]), expected[:, 22]) < 1e-4
+    bank = dec.engine.derived(2).bank
+    assert {bank.tiles.form(tile) for tile in bank.schedule(0)} == {"matrix"}
+    assert (bank.radix > 2, bank.deferred, bank.halved) == (
+        "keep_history" not in options,
+        "latency" in options,
+        "keep_history" in options,
+    )
+
+
+def test_tilings_are_chosen_by_predicted_time():
+    """Tiles on matrix units are bound by memory: products cost what a transform does, until torch takes over."""
+    one, double = (GpuCosts(dtype, CPU) for dtype in (torch.float32, torch.float64))
+    assert choose_tiling(one, 1 << 15, 768).radix == 2
+    assert choose_tiling(one, 1 << 20, 18 * 768).radix > 2
+    assert choose_tiling(double, 1 << 17, 18 * 768).radix > 2
+    for radix in RADICES:
+        tiling = choose_tiling(one, 1 << 15, 768, block=32, radix=radix)
+        assert tiling.seconds == one.seconds_per_token(tiling.schedule(1 << 15), 768, 32)
+    model, options = language_model("fft_scale_on_filter").float(), {**EAGER, "kernels": "triton"}
+    report = fi_compile.decoder(model, ids(2, 9), max_length=100, options=options).report
+    channels = sum(m.channels for m in report.mixers if m.lowering == "tiles")
+    assert report.tiling == choose_tiling(one, 100, channels)
+
+
+def test_what_is_transformed_does_not_depend_on_the_block_of_a_group():
+    """A spectrum that one tile kept is of use to the next: all tiles of a side take one form."""
+    tiles = triton_tiles.TritonTiles(torch.zeros(1, 1), None, None)
+    for side in (128, 256, 1024, 4096):
+        forms = {
+            tiles.form(Tile(range((4 - n) * side, 4 * side), range(4 * side, 5 * side), side, n < 3))
+            for n in (1, 2, 3)
+        }
+        assert len(forms) == 1
