@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fi_compile.kernels.block_step import block_step_traffic
 from fi_compile.kernels.gpu import H100
 from fi_compile.kernels.tile_forms import LAUNCH, fastest, launches, traffic
 from fi_compile.schedule import Schedule
@@ -37,7 +38,8 @@ def prediction() -> str:
             f"| {side:,} | {count:,} | {form} | {many:,} | {moved / 1e6:,.1f} | {cost['flops'] / 1e6:,.0f} | "
             f"{1e6 * seconds:,.1f} | {1e6 * count * seconds / LENGTH:.2f} |"
         )
-    in_step = 4.0 * channels * (2 * (BLOCK - 1) / 2 + 2)
+    block = block_step_traffic((BLOCK - 1) / 2)
+    in_step = channels * (block["reads"] + block["writes"])
     lazy = 4.0 * channels * 2 * LENGTH / 2
     step = in_step / H100.bandwidth
     ours, theirs = total["seconds"] + step, lazy / H100.bandwidth

@@ -8,6 +8,7 @@ from math import ceil
 import torch
 
 from .costs import piece_elements
+from .kernels.block_step import block_step_traffic
 from .kernels.gpu import H100, Rates
 from .kernels.tile_forms import LAUNCH, fastest, launches, traffic
 from .schedule import Schedule
@@ -27,9 +28,11 @@ class GpuCosts:
         inputs, total = schedule.count_inputs(), 0.0
         for side, count in schedule.count_tiles().items():
             total += count * self._tile_seconds(schedule, side, inputs[side] / side / count, channels)
-        # In a step: inputs and lags of half of a block, what is pending and what leaves; twice the newest input.
-        moved = 4.0 * channels * (rows - 1 + 2 + 4)
-        return total / tokens + moved / self.rates.bandwidth + LAUNCH
+        # Of the rows of the buffers a step sums those before its own: half of a block, and all of the one before.
+        step = block_step_traffic((rows - 1) / 2 + schedule.overlap / 2)
+        # An input goes to the history, and what is pending comes from there.
+        moved = step["reads"] + step["writes"] + 4 * 4.0
+        return total / tokens + channels * moved / self.rates.bandwidth + LAUNCH
 
     def _tile_seconds(self, schedule: Schedule, side: int, blocks: float, channels: int) -> float:
         kept = schedule.radix > 2 or schedule.deferred

@@ -153,6 +153,14 @@ def block_step(
     return torch.ops.flashinf.block_step(pending, inputs, table, local, source)
 
 
+def block_step_traffic(rows: float, extra: int = 0, size: int = 4) -> dict[str, float]:
+    """What one channel of one row costs where `rows` rows are summed: bytes, floating-point operations.
+
+    extra: how many of skip, newest input and gate are read too.
+    """
+    return {"reads": size * (2 * rows + 1 + extra), "writes": size, "flops": 2 * rows + 1 + extra}
+
+
 def variants() -> Iterator[Variant]:
     """What is offered: the sum of all layers, and one layer's step with skip and gate."""
     for name, channels, maps, whole in (
@@ -161,6 +169,8 @@ def variants() -> Iterator[Variant]:
         ("block_step skip gate", 768, False, True),
     ):
         names = block_step_kernel.arg_names
+        # At the middle of a block.
+        cost = block_step_traffic(16, 3 * whole)
         floats = [n for n in names if n.startswith("p_") and n not in ("p_local", "p_source")]
         integers = ["block", "batch", "channels_in", "channels", "s_x_b", "s_gate_b"]
         yield Variant(
@@ -183,10 +193,9 @@ def variants() -> Iterator[Variant]:
             aligned=("channels_in", "channels", "s_x_b", "s_gate_b"),
             warps=WARPS,
             work=f"{channels:,} channels",
-            # At the middle of a block.
-            reads=4.0 * channels * (2 * 16 + 1 + 3 * whole),
-            writes=4.0 * channels,
-            flops=channels * (2.0 * 16 + 1 + 3 * whole),
+            reads=channels * cost["reads"],
+            writes=channels * cost["writes"],
+            flops=channels * cost["flops"],
             # Through a map, a wide load of the table goes with four gathered inputs.
             wide=0.15 if maps else 0.75,
         )

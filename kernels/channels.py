@@ -35,9 +35,11 @@ def chunks(channels: int, elements: int) -> Iterator[tuple[int, int]]:
 
 
 def transform(rows: Tensor, source: Tensor | None, n: int, start: int, stop: int) -> Tensor:
-    """The spectra of the rows of [B, Cin, m] that `source` names at start ... stop, each computed once."""
+    """The spectra of the rows of [B, Cin, m] that `source` names at start ... stop, on the CPU each computed once."""
     if source is None:
         return torch.fft.rfft(rows[:, start:stop], n=n)
+    if source.device.type != "cpu":  # the host would wait to learn how many there are
+        return torch.fft.rfft(rows.index_select(1, source[start:stop]), n=n)
     names, place = source[start:stop].unique(return_inverse=True)
     spectra = torch.fft.rfft(rows.index_select(1, names), n=n)
     return spectra if len(names) == stop - start and names.equal(source[start:stop]) else spectra[:, place]

@@ -203,3 +203,9 @@ def test_spectra_in_the_kernels_order_are_half_of_the_odd_frequencies():
         expected = (lags * torch.polar(torch.ones_like(t), angle)).sum(-1)
         expected = expected * 2j * (-1) ** k1 / split.length
         assert torch.allclose(found[:, k1, k2], expected, atol=1e-7)
+
+
+def test_channels_are_transformed_without_a_look_at_the_device():
+    """On a GPU the host would wait for the number of distinct channels; a meta tensor has none to tell."""
+    rows, source = torch.empty(2, 3, 8, device="meta"), torch.zeros(5, dtype=torch.int64, device="meta")
+    assert channels.transform(rows, source, 16, 1, 5).shape == (2, 4, 9)

@@ -87,7 +87,7 @@ class TorchTiles:
     def add(self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra) -> None:
         """Add to pending what a tile's inputs in history contribute."""
         form = self.form(tile)
-        if form == "direct" or self._at_once(form, tile):
+        if self._at_once(form, tile):
             inputs = history[:, :, tile.inputs.start : tile.inputs.stop]
             self._run(form, tile, pending[:, :, tile.outputs.start : tile.outputs.stop], inputs)
         else:
@@ -100,8 +100,8 @@ class TorchTiles:
         return _Work(self, tile, history, pending, kept, elements)
 
     def _at_once(self, form: str, tile: Tile) -> bool:
-        """Whether a tile by transforms needs no spectra of inputs beside its own."""
-        return tile.alone and not self.meets_once(tile.side, 1 + tile.gap // tile.side)
+        """Whether a tile runs in one call: directly, or by transforms that need no spectra of inputs beside its own."""
+        return form == "direct" or (tile.alone and not self.meets_once(tile.side, 1 + tile.gap // tile.side))
 
     def _run(self, form: str, tile: Tile, outputs: Tensor, inputs: Tensor) -> None:
         if form == "direct":

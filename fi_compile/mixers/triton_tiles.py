@@ -95,7 +95,7 @@ class TritonTiles(TorchTiles):
         return not tile.alone or tile.gap > 0
 
     def _at_once(self, form: str, tile: Tile) -> bool:
-        return super()._at_once(form, tile) if form == "fft" else not self._keeps(tile)
+        return super()._at_once(form, tile) if form == "fft" else form != "direct" and not self._keeps(tile)
 
     def add(self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra | None = None) -> None:
         """Add to pending what a tile's inputs in history contribute; `kept` is of use to tiles of several blocks."""
@@ -112,10 +112,7 @@ class TritonTiles(TorchTiles):
         return _Work(self, form, tile, history, pending, kept, elements)
 
     def _run(self, form: str, tile: Tile, outputs: Tensor, inputs: Tensor) -> None:
-        if form == "direct":
-            lags = self.lags(tile.gap + inputs.shape[-1] + outputs.shape[-1])[tile.gap :]
-            self._direct.add_tile_direct_gpu(outputs, inputs, lags, *self.maps[:2])
-        elif form == "fft":
+        if form == "fft":
             super()._run(form, tile, outputs, inputs)
         else:
             make, add = self._by_form[form]
