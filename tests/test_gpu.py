@@ -231,6 +231,37 @@ def test_streamed_tiles(batch):
             assert_close(outputs, expected, scale, units=3)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tiles_of_several_blocks(batch):
+    """Kept spectra of three blocks, in a ring, at every side."""
+    from fi_compile.kernels.monarch import STREAMS, largest_side, stream_for
+    from fi_compile.kernels.tile_kept import add_kept_gpu, distant_spectra, keep_spectra_gpu
+
+    small = [("matrix", 1 << p) for p in range(8, 12) if 1 << p <= largest_side(DEVICE)]
+    for form, side in small + [("stream", s) for s in STREAMS if stream_for(s, DEVICE)]:
+        inputs = channels_last(rand(batch, 64, 3 * side, dtype=torch.float32))
+        filters = rand(64, 4 * side, dtype=torch.float32, seed=1).to(DEVICE)
+        spectra = distant_spectra(form, filters, side, range(1, 4))
+        ring = filters.new_full((4, batch, 64, *spectra.shape[2:]), torch.nan)
+        for i in range(3):
+            keep_spectra_gpu(ring[(2 + i) % 4], inputs[..., i * side : (i + 1) * side])
+        outputs = channels_last(torch.zeros(batch, 64, side))
+        add_kept_gpu(outputs, ring, 2, 3, spectra)
+        expected = convolved(inputs, filters)[..., 3 * side : 4 * side]
+        scale = inputs.double().norm(dim=-1).max() * filters.double().norm(dim=-1).max()
+        assert_close(outputs, expected, float(scale), units=3)
+
+
+@pytest.mark.parametrize("given", [{"radix": 4, "keep_history": False}, {"latency": "bounded"}])
+def test_decoder_under_every_tiling(given, without_gradients):
+    model = module(SPELLINGS["filter_bank"], 64, 1024).to(DEVICE)
+    double = copy.deepcopy(model).double()
+    sequence = features(2, 700, 64).float().to(DEVICE)
+    options = {"kernels": "triton", "step": "eager", "block": 16, **given}
+    dec = fi_compile.decoder(model, sequence[:, :9], max_length=700, options=options)
+    assert rounding(dec, model, double, sequence, 20) < 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("taps", "maps"), [(3, False), (128, True)])
 def test_short_conv_step(taps, maps, dtype):

@@ -6,7 +6,7 @@ import torch
 from fi_compile.kernels import long_conv_fft
 from fi_compile.kernels.long_conv import _on_gpu, conv_fft, long_conv_reference
 from fi_compile.kernels.long_conv_fft import blocks_met, conv_gpu, offered
-from guarded import assert_close, rand
+from guarded import assert_close, channels_last, rand
 
 
 def problem(batch, width, length, lags, dtype=torch.float32):
@@ -41,6 +41,18 @@ def test_lengths(length, lags, reverse):
     scale = float(u.double().norm(dim=-1).max() * k.double().norm(dim=-1).max())
     assert_close(found, expected.flip(-1) if reverse else expected, scale, units=3)
     assert torch.allclose(found, conv_fft(u, k, reverse=reverse), atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_memory_around_operands_does_not_matter(reverse):
+    """Channels, rows and positions beside those of the operands are NaN."""
+    u, k, pre, post = problem(3, 5, 600, 300)
+    turned = [t.double().flip(-1) if reverse else t.double() for t in (u, pre, post)]
+    expected = long_conv_reference(turned[0], k.double(), *turned[1:])
+    inside = [channels_last(t, gap=2)[0] for t in (u, k[None], pre, post)]
+    found = conv_gpu(inside[0], inside[1][0], *inside[2:], reverse=reverse)
+    scale = float((u * pre).double().norm(dim=-1).max() * k.double().norm(dim=-1).max() * post.abs().max())
+    assert_close(found, expected.flip(-1) if reverse else expected, scale, units=3)
 
 
 def test_small_blocks(monkeypatch):
