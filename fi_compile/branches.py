@@ -40,9 +40,9 @@ def cover_lengths(
 ) -> Program:
     """The program with the lengths at which the model does what it shows.
 
-    ``trace(n)`` traces the model at length n, ``trace(n, pinned=True)`` for that length alone;
-    ``compare(program, lengths)`` names those at which model and program differ on random input, as they are known
-    to at ``odd``. Of what is left,
+    ``trace(n, general=True)`` traces the model at length n without the guards of torch's own, see
+    :func:`~.exporting.export_module`, ``trace(n, pinned=True)`` for that length alone; ``compare(program, lengths)``
+    names those at which model and program differ on random input, as they are known to at ``odd``. Of what is left,
     lengths above ``near`` end the range, and shorter ones raise the fewest positions.
     """
     walk = _Walk(program, trace, near)
@@ -129,7 +129,7 @@ class _Walk:
                     break
                 self.traces += 1
                 try:
-                    found = self.trace(m)
+                    found = self.trace(m, general=True)
                 except Exception:
                     continue
                 if found.lengths.admits(n):

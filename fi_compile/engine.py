@@ -23,6 +23,7 @@ from .falsify import check_finite, check_step, rows_apart
 from .lane import Lane
 from .lower import CompiledStep
 from .mixers.attention import with_masks
+from .mixers.chunked_attention import recognise_chunked
 from .mixers.convolution import LONGEST_WINDOW, Convolution, FilterGrew, classify, recognise, verify
 from .mixers.folds import Fold, recognise_fold
 from .mixers.increments import Mixer
@@ -286,7 +287,12 @@ class Engine:
     def _recognise_group(
         self, analysis: Consistency, unit: Unit
     ) -> LinearAttention | SlidingAttention | None:
-        found: LinearAttention | SlidingAttention | None
+        if not any(len(analysis.axes[node].rows) > 1 for node in unit.reads):
+            found = recognise_chunked(analysis, unit, self.proof, self._is_affine)
+            if found is None or not self._holds_for_all(found):
+                return None
+            self.verdicts[found.name] = found.verdict
+            return found
         found = recognise_group(analysis, unit, self.proof, self._is_affine)
         if found is None or not self._holds_for_all(found):
             found = recognise_sliding(analysis, unit, self.proof, self.double_values, self.capacity)
@@ -517,7 +523,7 @@ class Engine:
     def _below_range(self, program: Program) -> Program:
         """The program for new weights, with the positions below which the model differs from it."""
         lengths = program.lengths
-        if self.model is None or (lengths.minimum <= 2 and not lengths.holes and not lengths.left_out):
+        if self.model is None or lengths.are_all:
             return program
         odd = disagreements(program, self.model)
         return replace(program, lengths=replace(lengths, fewest=max([*odd, lengths.fewest - 1]) + 1))

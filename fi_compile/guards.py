@@ -15,6 +15,7 @@ from .symbolic import evaluate_at
 # Guards are evaluated up to here to learn which lengths they admit; far beyond any capacity in use.
 HORIZON = 1 << 21
 _FIRST_HORIZON = 1 << 12
+_PIECE = 1 << 15  # lengths a guard is evaluated at at once: they stay in the cache
 _MOST_HOLES = 64
 _LONGEST_PERIOD = 1024
 _IRREGULAR = 512  # short lengths that need not follow the period
@@ -49,15 +50,16 @@ def _admitted_upto(
     if ranges.upper < horizon:
         ok &= every <= int(ranges.upper)
     layout = np.ones(every.shape, dtype=bool)  # inequalities exclude single lengths: holes
-    for guard in guards:
+    for guard in dict.fromkeys(guards):
         if batch in guard.free_symbols and isinstance(guard, sympy.Ne):
             continue  # one number of rows at one length: see `rows_left_out`
         if length in guard.free_symbols:
-            holds = evaluate_at(guard, {length: every[2:], batch: 3}, every[2:].shape).astype(bool)
-            if isinstance(guard, sympy.Ne):
-                layout[2:] &= holds
-            else:
-                ok[2:] &= holds
+            admitted = layout if isinstance(guard, sympy.Ne) else ok
+            for start in range(2, horizon + 1, _PIECE):
+                part = slice(start, start + _PIECE)
+                admitted[part] &= evaluate_at(
+                    guard, {length: every[part], batch: 3}, every[part].shape
+                ).astype(bool)
     return ok & layout, ok
 
 
