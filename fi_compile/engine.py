@@ -23,13 +23,12 @@ from .falsify import check_finite, check_step, rows_apart
 from .lane import Lane
 from .lower import CompiledStep
 from .mixers.attention import with_masks
-from .mixers.chunked_attention import recognise_chunked
+from .mixers.chunked_attention import recognise_linear
 from .mixers.convolution import LONGEST_WINDOW, Convolution, FilterGrew, classify, recognise, verify
 from .mixers.folds import Fold, recognise_fold
 from .mixers.increments import Mixer
 from .mixers.linear_attention import LinearAttention
 from .mixers.products import Product, recognise_product
-from .mixers.recognise_groups import recognise_group
 from .mixers.recurrence import as_recurrence, with_modes
 from .mixers.registered import Registered, disagreement, recognise_registered
 from .mixers.sliding_attention import SlidingAttention, recognise_sliding
@@ -287,13 +286,8 @@ class Engine:
     def _recognise_group(
         self, analysis: Consistency, unit: Unit
     ) -> LinearAttention | SlidingAttention | None:
-        if not any(len(analysis.axes[node].rows) > 1 for node in unit.reads):
-            found = recognise_chunked(analysis, unit, self.proof, self._is_affine)
-            if found is None or not self._holds_for_all(found):
-                return None
-            self.verdicts[found.name] = found.verdict
-            return found
-        found = recognise_group(analysis, unit, self.proof, self._is_affine)
+        found: LinearAttention | SlidingAttention | None
+        found = recognise_linear(analysis, unit, self.proof, self._is_affine)
         if found is None or not self._holds_for_all(found):
             found = recognise_sliding(analysis, unit, self.proof, self.double_values, self.capacity)
         if found is None or not self._holds_for_all(found):

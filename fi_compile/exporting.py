@@ -33,7 +33,7 @@ def export_module(
     under :func:`attributes_kept`.
     """
     dims = {d: Dim.DYNAMIC for d, dynamic in ((0, dynamic_batch), (1, dynamic_length)) if dynamic}
-    with symbolic_config.patch(backed_size_oblivious=general):
+    with symbolic_config.patch(backed_size_oblivious=general):  # type: ignore[attr-defined]
         return _exported_as_is_or_frozen(model, example, dims)
 
 
@@ -110,7 +110,9 @@ def _traceable_helpers() -> Iterator[None]:
         if helper is not None:
             helpers[id(helper)] = stand_in
     refs = sys.modules.get("torch._refs.fft")
-    replaced = [(refs, "math", math, _SYMBOLIC_MATH)] if refs is not None else []  # norm="ortho"
+    replaced: list[tuple[Any, str, Any, Any]] = []
+    if refs is not None:
+        replaced.append((refs, "math", math, _SYMBOLIC_MATH))  # norm="ortho"
     # Else each guard is asked once more, as code, when the graph is decomposed: half the time of a trace.
     asks = getattr(unlift, "_ok_to_generate_guards_fn", None)
     if asks is not None:

@@ -80,8 +80,8 @@ def lengths_of(
     maximum = None if last == horizon else last
     period, left_out = 1, np.zeros(0, dtype=np.int64)
     if missing.sum() > _MOST_HOLES:
-        period = _period(missing)
-        left_out = np.unique(lengths[missing][-_LONGEST_PERIOD:] % max(period, 1))
+        period, regular = _period(missing[_irregular(missing) :]), lengths >= first + _irregular(missing)
+        left_out = np.unique(lengths[missing & regular][-_LONGEST_PERIOD:] % max(period, 1))
     holes = lengths[missing & ~np.isin(lengths % max(period, 1), left_out)]
     if period == 0 or left_out.size == period > 1 or holes.size > _MOST_HOLES:
         text = "; ".join(map(str, guards[:3]))
@@ -101,9 +101,13 @@ def lengths_of(
     )
 
 
-def _period(missing: np.ndarray) -> int:
+def _irregular(missing: np.ndarray) -> int:
+    """How many of the shortest lengths need not follow the period."""
+    return min(_IRREGULAR, missing.size // 4)
+
+
+def _period(tail: np.ndarray) -> int:
     """The least period of the pattern of missing lengths, or 0 where there is none."""
-    tail = missing[min(_IRREGULAR, missing.size // 4) :]
     for period in range(2, min(_LONGEST_PERIOD, tail.size // 2) + 1):
         if bool((tail[period:] == tail[:-period]).all()):
             return period

@@ -24,7 +24,7 @@ from fi_compile.units import Unit
 from .convolution import FilterGrew, layout_of
 from .groups import TOLERANCE, Group, Operand, canonical
 from .linear_attention import Decay, LinearAttention
-from .recognise_groups import read_group
+from .recognise_groups import read_group, recognise_group
 
 _FEWEST_KEYS, _MOST_KEYS = 32, 4096  # positions whose keys are compared at a time
 _LEAST_SHARE = 1e-3  # of the nearest weight that the furthest of one comparison may be
@@ -52,16 +52,21 @@ class ChunkedAttention(LinearAttention):
             return False
 
 
-def recognise_chunked(
-    analysis: Consistency,
-    unit: Unit,
-    proof: Proof,
-    is_affine: Callable[[Unit, fx.Node], bool],
-) -> ChunkedAttention | None:
-    """The linear attention a unit is, as far as trials at a sampled length can say, or None.
+IsAffine = Callable[[Unit, fx.Node], bool]
 
-    Requires: ``unit`` with no value of two sequence axes at its boundary.
-    """
+
+def recognise_linear(
+    analysis: Consistency, unit: Unit, proof: Proof, is_affine: IsAffine
+) -> LinearAttention | None:
+    """The linear attention a unit is, as far as trials at a sampled length and the rules can say, or None."""
+    if any(len(analysis.axes[node].rows) > 1 for node in unit.reads):
+        return recognise_group(analysis, unit, proof, is_affine)
+    return _recognise_chunked(analysis, unit, proof, is_affine)
+
+
+def _recognise_chunked(
+    analysis: Consistency, unit: Unit, proof: Proof, is_affine: IsAffine
+) -> ChunkedAttention | None:
     data = analysis.program.input_dependent
     entering = [node for node in unit.reads if node in data]
     if len(entering) < 2 or len(unit.nodes) < 2 or not proof.proved(unit.exit):
