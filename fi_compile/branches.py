@@ -74,6 +74,7 @@ class _Walk:
         self.unlike: list[int] = []
         self.admitted = program.lengths.mask(self.top)
         self.traces, self.single = 0, 0
+        self.holes = set(program.lengths.holes)  # of all traces so far
 
     def run(self) -> None:
         while not self.known.all():
@@ -82,6 +83,7 @@ class _Walk:
             if other is None:
                 self.give_up(n)
                 continue
+            self.holes |= other.lengths.holes
             reached = other.lengths.mask(self.top) & ~self.known
             reached[n] = True
             at = reached.nonzero()[0]
@@ -123,7 +125,7 @@ class _Walk:
 
     def trace_with(self, n: int) -> Program | None:
         """A trace that admits ``n``, made there or, where that meets a size of the model, a little below."""
-        if n not in self.program.lengths.holes:
+        if n not in self.holes:
             for m in range(n, max(n - _MOST_COLLISIONS, _SHORTEST), -1):
                 if self.traces >= _MOST_TRACES:
                     break
