@@ -40,9 +40,9 @@ def cover_lengths(
 ) -> Program:
     """The program with the lengths at which the model does what it shows.
 
-    ``trace(n)`` traces the model at length n, ``trace(n, pinned=True)`` for that length alone;
-    ``compare(program, lengths)`` names those at which model and program differ on random input, as they are known
-    to at ``odd``. Of what is left,
+    ``trace(n, general=True)`` traces the model at length n without the guards of torch's own, see
+    :func:`~.exporting.export_module`, ``trace(n, pinned=True)`` for that length alone; ``compare(program, lengths)``
+    names those at which model and program differ on random input, as they are known to at ``odd``. Of what is left,
     lengths above ``near`` end the range, and shorter ones raise the fewest positions.
     """
     walk = _Walk(program, trace, near)
@@ -74,6 +74,7 @@ class _Walk:
         self.unlike: list[int] = []
         self.admitted = program.lengths.mask(self.top)
         self.traces, self.single = 0, 0
+        self.holes = set(program.lengths.holes)  # of all traces so far
 
     def run(self) -> None:
         while not self.known.all():
@@ -82,6 +83,7 @@ class _Walk:
             if other is None:
                 self.give_up(n)
                 continue
+            self.holes |= other.lengths.holes
             reached = other.lengths.mask(self.top) & ~self.known
             reached[n] = True
             at = reached.nonzero()[0]
@@ -123,13 +125,13 @@ class _Walk:
 
     def trace_with(self, n: int) -> Program | None:
         """A trace that admits ``n``, made there or, where that meets a size of the model, a little below."""
-        if n not in self.program.lengths.holes:
+        if n not in self.holes:
             for m in range(n, max(n - _MOST_COLLISIONS, _SHORTEST), -1):
                 if self.traces >= _MOST_TRACES:
                     break
                 self.traces += 1
                 try:
-                    found = self.trace(m)
+                    found = self.trace(m, general=True)
                 except Exception:
                     continue
                 if found.lengths.admits(n):

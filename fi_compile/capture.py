@@ -31,6 +31,7 @@ from .exporting import export_module
 from .guards import admitted_lengths, rows_left_out
 from .program import Input, Kind, Lengths, Program
 
+_MOST_CALLED = 1 << 18  # lengths at which the calls of two traces at one length are compared
 _MOST_PAIRS = 2  # of a number of rows and a length that a layout excludes: so many are traced
 
 _KINDS = {
@@ -139,30 +140,66 @@ def _with_last_position(program: Program, model: nn.Module, length: int) -> Prog
 def _trace_at(model: nn.Module, example: Tensor, length: int) -> Program:
     """Export at one length, with a symbolic batch where the model allows it."""
     try:
-        program = _trace(model, example, length, rows=None)
+        program = _trace_general(model, example, length, rows=None)
         if batches_agree(program, model):
             return program
     except Exception as error:
         if _pins_length([error]):
             raise  # whatever the batch
         # a batch that is written into the model, as in a graph made for one batch
-    return _trace(model, example, length, rows=example.shape[0])
+    return _trace_general(model, example, length, rows=example.shape[0])
 
 
-def _trace_like(program: Program, model: nn.Module, length: int, pinned: bool = False) -> Program:
+def _trace_general(model: nn.Module, example: Tensor, length: int, rows: int | None) -> Program:
+    """Export at one length; again without the guards of torch's own where these leave lengths out.
+
+    Torch lays out an axis of one entry, say, unlike one of more, and so leaves out the lengths that make one. The
+    second trace is taken where it makes the very calls of the first at all lengths of that.
+    """
+    try:
+        program = _trace(model, example, length, rows)
+    except Unsupported as refused:
+        if refused.refusals[0].kind != "lengths":
+            raise
+        return _trace(model, example, length, rows, general=True)
+    if program.lengths.are_all:
+        return program
+    try:
+        general = _trace(model, example, length, rows, general=True)
+    except Exception:
+        return program
+    ours, theirs = (p.lengths.mask(_MOST_CALLED) for p in (program, general))
+    if (ours & ~theirs).any() or not (theirs & ~ours).any():
+        return program
+    return general if is_same(program, general, ours.nonzero()[0]) else program
+
+
+def _trace_like(
+    program: Program, model: nn.Module, length: int, pinned: bool = False, general: bool = False
+) -> Program:
     """Another trace of the model, with its batch as in ``program``; ``pinned``: for one length only."""
     rows = program.batch if isinstance(program.batch, int) else None
-    return _trace(model, program.example, length, rows, pinned)
+    return _trace(model, program.example, length, rows, pinned, general)
 
 
-def _trace(model: nn.Module, example: Tensor, length: int, rows: int | None, pinned: bool = False) -> Program:
+def _trace(
+    model: nn.Module,
+    example: Tensor,
+    length: int,
+    rows: int | None,
+    pinned: bool = False,
+    general: bool = False,
+) -> Program:
     """Export at one length for ``rows`` of a batch, or (None) for any number of them.
 
-    Raises :class:`Unsupported` where the model does not do the same to every number of rows.
+    ``general``: see :func:`export_module`. Raises :class:`Unsupported` where the model does not do the same to every
+    number of rows.
     """
     traced_rows = max(example.shape[0], 3 + (length == 3)) if rows is None else rows
     with attributes_kept(model), _questions() as asked:
-        exported = export_module(model, _resized(example, traced_rows, length), rows is None, not pinned)
+        exported = export_module(
+            model, _resized(example, traced_rows, length), rows is None, not pinned, general
+        )
         program = _read(exported, model, example, pinned)
     if rows is None:
         if isinstance(program.batch, int):
@@ -177,7 +214,7 @@ def _trace(model: nn.Module, example: Tensor, length: int, rows: int | None, pin
             or not all(follows_rows(program, trace, *pair) for pair in left_out[:_MOST_PAIRS])
             or (
                 matters_for_one_row(asked, program)
-                and not follows_one_row(program, partial(trace, length, 1, pinned))
+                and not follows_one_row(program, partial(trace, length, 1, pinned, general))
             )
         ):
             raise Unsupported(Refusal("trace", "the model branches on the number of rows in the batch"))

@@ -23,12 +23,12 @@ from .falsify import check_finite, check_step, rows_apart
 from .lane import Lane
 from .lower import CompiledStep
 from .mixers.attention import with_masks
+from .mixers.chunked_attention import recognise_linear
 from .mixers.convolution import LONGEST_WINDOW, Convolution, FilterGrew, classify, recognise, verify
 from .mixers.folds import Fold, recognise_fold
 from .mixers.increments import Mixer
 from .mixers.linear_attention import LinearAttention
 from .mixers.products import Product, recognise_product
-from .mixers.recognise_groups import recognise_group
 from .mixers.recurrence import as_recurrence, with_modes
 from .mixers.registered import Registered, disagreement, recognise_registered
 from .mixers.sliding_attention import SlidingAttention, recognise_sliding
@@ -285,7 +285,7 @@ class Engine:
         self, analysis: Consistency, unit: Unit
     ) -> LinearAttention | SlidingAttention | None:
         found: LinearAttention | SlidingAttention | None
-        found = recognise_group(analysis, unit, self.proof, self._is_affine)
+        found = recognise_linear(analysis, unit, self.proof, self._is_affine)
         if found is None or not self._holds_for_all(found):
             found = recognise_sliding(analysis, unit, self.proof, self.double_values, self.capacity)
         if found is None or not self._holds_for_all(found):
@@ -515,7 +515,7 @@ class Engine:
     def _below_range(self, program: Program) -> Program:
         """The program for new weights, with the positions below which the model differs from it."""
         lengths = program.lengths
-        if self.model is None or (lengths.minimum <= 2 and not lengths.holes and not lengths.left_out):
+        if self.model is None or lengths.are_all:
             return program
         odd = disagreements(program, self.model)
         return replace(program, lengths=replace(lengths, fewest=max([*odd, lengths.fewest - 1]) + 1))

@@ -17,18 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.export import _unlift as unlift
+from torch.fx.experimental import _config as symbolic_config
 
 from .weights import is_flag
 
 
 def export_module(
-    model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_length: bool
+    model: nn.Module, example: Tensor, dynamic_batch: bool, dynamic_length: bool, general: bool = False
 ) -> ExportedProgram:
     """Export; where that fails, with the flags among the model's buffers as the numbers they are now.
 
-    Call it under :func:`attributes_kept`.
+    ``general``: where torch would choose a shorter way to the same by the sizes it meets, it takes the one that
+    serves all sizes, and no guard is left. What the model's own code asks is answered, and guarded, as ever. Call it
+    under :func:`attributes_kept`.
     """
     dims = {d: Dim.DYNAMIC for d, dynamic in ((0, dynamic_batch), (1, dynamic_length)) if dynamic}
+    with symbolic_config.patch(backed_size_oblivious=general):  # type: ignore[attr-defined]
+        return _exported_as_is_or_frozen(model, example, dims)
+
+
+def _exported_as_is_or_frozen(model: nn.Module, example: Tensor, dims: Mapping[int, Any]) -> ExportedProgram:
     try:
         return _exported(model, example, dims)
     except Exception as error:
@@ -101,7 +110,13 @@ def _traceable_helpers() -> Iterator[None]:
         if helper is not None:
             helpers[id(helper)] = stand_in
     refs = sys.modules.get("torch._refs.fft")
-    replaced = [(refs, "math", math, _SYMBOLIC_MATH)] if refs is not None else []  # norm="ortho"
+    replaced: list[tuple[Any, str, Any, Any]] = []
+    if refs is not None:
+        replaced.append((refs, "math", math, _SYMBOLIC_MATH))  # norm="ortho"
+    # Else each guard is asked once more, as code, when the graph is decomposed: half the time of a trace.
+    asks = getattr(unlift, "_ok_to_generate_guards_fn", None)
+    if asks is not None:
+        replaced.append((unlift, "_ok_to_generate_guards_fn", asks, lambda: False))
     for module in list(sys.modules.values()) if helpers else ():
         attributes = list(vars(module).items()) if isinstance(module, types.ModuleType) else []
         replaced += [(module, k, v, helpers[id(v)]) for k, v in attributes if id(v) in helpers]

@@ -15,6 +15,7 @@ from .symbolic import evaluate_at
 # Guards are evaluated up to here to learn which lengths they admit; far beyond any capacity in use.
 HORIZON = 1 << 21
 _FIRST_HORIZON = 1 << 12
+_PIECE = 1 << 15  # lengths a guard is evaluated at at once: they stay in the cache
 _MOST_HOLES = 64
 _LONGEST_PERIOD = 1024
 _IRREGULAR = 512  # short lengths that need not follow the period
@@ -49,15 +50,16 @@ def _admitted_upto(
     if ranges.upper < horizon:
         ok &= every <= int(ranges.upper)
     layout = np.ones(every.shape, dtype=bool)  # inequalities exclude single lengths: holes
-    for guard in guards:
+    for guard in dict.fromkeys(guards):
         if batch in guard.free_symbols and isinstance(guard, sympy.Ne):
             continue  # one number of rows at one length: see `rows_left_out`
         if length in guard.free_symbols:
-            holds = evaluate_at(guard, {length: every[2:], batch: 3}, every[2:].shape).astype(bool)
-            if isinstance(guard, sympy.Ne):
-                layout[2:] &= holds
-            else:
-                ok[2:] &= holds
+            admitted = layout if isinstance(guard, sympy.Ne) else ok
+            for start in range(2, horizon + 1, _PIECE):
+                part = slice(start, start + _PIECE)
+                admitted[part] &= evaluate_at(
+                    guard, {length: every[part], batch: 3}, every[part].shape
+                ).astype(bool)
     return ok & layout, ok
 
 
@@ -78,8 +80,8 @@ def lengths_of(
     maximum = None if last == horizon else last
     period, left_out = 1, np.zeros(0, dtype=np.int64)
     if missing.sum() > _MOST_HOLES:
-        period = _period(missing)
-        left_out = np.unique(lengths[missing][-_LONGEST_PERIOD:] % max(period, 1))
+        period, regular = _period(missing[_irregular(missing) :]), lengths >= first + _irregular(missing)
+        left_out = np.unique(lengths[missing & regular][-_LONGEST_PERIOD:] % max(period, 1))
     holes = lengths[missing & ~np.isin(lengths % max(period, 1), left_out)]
     if period == 0 or left_out.size == period > 1 or holes.size > _MOST_HOLES:
         text = "; ".join(map(str, guards[:3]))
@@ -99,9 +101,13 @@ def lengths_of(
     )
 
 
-def _period(missing: np.ndarray) -> int:
+def _irregular(missing: np.ndarray) -> int:
+    """How many of the shortest lengths need not follow the period."""
+    return min(_IRREGULAR, missing.size // 4)
+
+
+def _period(tail: np.ndarray) -> int:
     """The least period of the pattern of missing lengths, or 0 where there is none."""
-    tail = missing[min(_IRREGULAR, missing.size // 4) :]
     for period in range(2, min(_LONGEST_PERIOD, tail.size // 2) + 1):
         if bool((tail[period:] == tail[:-period]).all()):
             return period

@@ -66,6 +66,11 @@ class Lengths:
     period: int = 1
     left_out: frozenset[int] = frozenset()
 
+    @property
+    def are_all(self) -> bool:
+        """Whether every length from 2 to the longest is admitted."""
+        return self.minimum <= 2 and not self.holes and not self.left_out
+
     def upto(self, capacity: int) -> np.ndarray:
         """All admitted lengths 1…capacity, ascending, as int64."""
         top = capacity if self.maximum is None else min(capacity, self.maximum)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import sympy
+from sympy.printing.numpy import NumPyPrinter
 
 _NUMPY = [
     {
@@ -43,9 +44,25 @@ def _fold(combine: Any, values: tuple[Any, ...]) -> Any:
     return result
 
 
+class _Printer(NumPyPrinter):
+    """As sympy's, but conjunctions and disjunctions of truth values that follow a length and some that do not."""
+
+    def _print_And(self, expr: Any) -> str:
+        return f"({' & '.join(self._print(a) for a in sorted(expr.args, key=str))})"
+
+    def _print_Or(self, expr: Any) -> str:
+        return f"({' | '.join(self._print(a) for a in sorted(expr.args, key=str))})"
+
+
 @lru_cache(maxsize=4096)
 def _compiled(expr: sympy.Basic, symbols: tuple[sympy.Symbol, ...]) -> Any:
-    return sympy.lambdify(symbols, expr, modules=_NUMPY)
+    settings = {
+        "fully_qualified_modules": False,
+        "inline": True,
+        "allow_unknown_functions": True,
+        "user_functions": {name: name for name in _NUMPY[0]},
+    }
+    return sympy.lambdify(symbols, expr, modules=_NUMPY, printer=_Printer(settings))
 
 
 @lru_cache(maxsize=4096)

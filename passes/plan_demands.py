@@ -41,7 +41,8 @@ def plan_demands(
     from the new row of the sequence, histories, tables and the mixers' own states.
     ``recognise(analysis, unit, inputs)`` returns the increment of a unit that needs the whole of these values, one or
     two, or None;
-    ``recognise_group(analysis, unit)`` that of a unit with all values of two sequence axes behind its exit, or None;
+    ``recognise_group(analysis, unit)`` that of a unit with all values of two sequence axes behind its exit, or of a
+    region without any, or None;
     ``recognise_operator(analysis, unit)`` that of a unit for which its operators alone decide, or None;
     ``is_local(node)`` says whether an operator is certified to make each row from the same rows of its arguments;
     ``certify(unit)`` settles what no operator's rule does. Raises :class:`Unsupported` when an output is not
@@ -206,7 +207,7 @@ class _Planner:
             if not absorbed:
                 break
             inside |= absorbed
-        if not pairs:
+        if not pairs and len(nodes) < 2:
             return None
         reads = {i: (NEW,) * len(self.rows(i)) for i in inputs if is_tensor(i)}
         mixer = self.recognise_group(self.analysis, Unit(node, demand, nodes, reads))

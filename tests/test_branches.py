@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +13,9 @@ from torch import Tensor
 from decoding import Net, decoder, features, gap
 from fi_compile.capture import trace_module
 from fi_compile.errors import FlashinfError, Unsupported
+from fi_compile.guards import lengths_of
 from fi_compile.program import Program
+from fi_compile.symbolic import evaluate_at
 
 WIDTH = 4
 
@@ -125,6 +129,26 @@ def test_another_table_of_nearly_the_same_numbers():
     assert trace_module(net, features(2, 40, WIDTH).float(), length=100).lengths.fewest == 16
     net = Net(function, low=table, high=table.clone())
     assert trace_module(net, features(2, 40, WIDTH).float(), length=100).lengths.fewest == 1
+
+
+def test_a_hole_beside_a_period():
+    admitted = np.arange(257) % 2 == 1
+    admitted[[1, 11]] = False
+    spanned = np.arange(257) >= 2
+    lengths = lengths_of(admitted, spanned)
+    assert lengths is not None
+    assert (lengths.period, lengths.left_out, lengths.holes) == (2, {0}, {11})
+    assert list(lengths.upto(256)) == list(admitted.nonzero()[0])
+
+
+def test_guards_of_which_a_part_follows_no_length():
+    s, b = sympy.symbols("s b", integer=True)
+    lengths = np.arange(1, 5)
+    for guard, expected in (
+        (sympy.Or(sympy.Eq(b, 1), sympy.Eq(s, 2)), [0, 1, 0, 0]),
+        (sympy.And(b > 1, s > 2), [0, 0, 1, 1]),
+    ):
+        assert list(evaluate_at(guard, {s: lengths, b: 3}, lengths.shape)) == expected
 
 
 def test_sizes_of_layers_are_no_branch():

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 from zoo import ZOO, Entry  # noqa: E402
-from zoo.measure import Row, logits_of, measure, mixers_of, read_table, table, twin  # noqa: E402
+from zoo.measure import Row, logits_of, measure, mixers_of, read_table, rewritten, table, twin  # noqa: E402
 from zoo.package import INSTALLED  # noqa: E402
 
 LENGTH, TOLERANCE, ROUNDING = 140, 1e-10, 3.0
@@ -104,6 +104,12 @@ def test_the_document_names_every_architecture():
 def test_a_table_is_read_as_it_was_written():
     rows = [Row("A", "1 long_conv → tiles", "proved", 1e-15, 0.4), Row("B", "", "refused: lengths")]
     assert read_table(table(rows)) == {row.name: row.found for row in rows}
+
+
+def test_single_rows_are_written_again():
+    rows = [Row("A", "1 long_conv → tiles", "proved", 1e-15, 0.4), Row("B", "", "refused: lengths")]
+    new = Row("B", "1 scan → running_sum", "proved", 2e-15, 0.5)
+    assert rewritten(table(rows), [new]) == table([rows[0], new])
 
 
 @pytest.mark.parametrize("name", ["S4D", "Mixture of experts, capacity"])

@@ -109,6 +109,16 @@ def table(rows: list[Row]) -> str:
     return HEADER.format(length=LENGTH, prompt=PROMPT) + "".join(f"{row}\n" for row in rows)
 
 
+def rewritten(text: str, rows: list[Row]) -> str:
+    """A written document with these rows in the place of what it says of the same architectures."""
+    found = {row.name: str(row) for row in rows}
+    lines = [
+        found.get(line.split("|")[1].strip(), line) if line.startswith("|") else line
+        for line in text.splitlines()
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def read_table(text: str) -> dict[str, tuple[str, str, str]]:
     """What a written table says of each architecture, without errors."""
     lines = [line for line in text.splitlines() if line.startswith("| ")][1:]

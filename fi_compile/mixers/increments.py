@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .chunked_attention import ChunkedAttention
 from .convolution import Convolution
 from .folds import Fold, RunningFold
 from .linear_attention import LinearAttention
@@ -77,6 +78,7 @@ INCREMENTS: dict[str, Callable[[Convolution], Increment]] = {
 
 _OF_CLASS: dict[type, Callable[[Any], Increment]] = {
     LinearAttention: OuterSums,
+    ChunkedAttention: OuterSums,
     SlidingAttention: KeyRing,
     Fold: RunningFold,
     Registered: RegisteredStep,

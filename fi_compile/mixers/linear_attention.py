@@ -95,9 +95,13 @@ class LinearAttention:
         ]
         return shaped[: len(self.how.queries)], shaped[len(self.how.queries) :]
 
+    def group(self, values: Mapping[str, Tensor], length: int) -> Group:
+        """The unit as a function of its operands, on given weights."""
+        return Group(self.analysis, self.unit, values, length, self.inputs)
+
     def derive(self, values: Mapping[str, Tensor], length: int) -> Decay:
         """Read d(0), d(1) and d(2) / d(1) off the group, on weights in double precision."""
-        group = Group(self.analysis, self.unit, values, max(3, self.analysis.lengths[0]))
+        group = self.group(values, max(3, self.analysis.lengths[0]))
         lags = first_lags(group, self.operands, self.layout_out, self.how, 3)
         state = self.how.state
         parts = []

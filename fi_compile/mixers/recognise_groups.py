@@ -47,13 +47,18 @@ def recognise_group(
     if not _is_plain(group, proof):
         return None
     operands = _operands(group, proof, is_affine)
+    return None if operands is None else read_group(analysis, unit, operands, proof)
+
+
+def read_group(
+    analysis: Consistency, unit: Unit, operands: tuple[Operand, ...], proof: Proof
+) -> LinearAttention | None:
+    """The linear attention that a unit is of these operands at the shortest sampled length, or None."""
     layout_out = layout_of(analysis, unit.exit)
-    if operands is None or layout_out is None:
-        return None
-    if layout_out.batch is None and analysis.program.batch != 1:
+    if layout_out is None or (layout_out.batch is None and analysis.program.batch != 1):
         return None  # rows of the batch would be told apart like channels
     try:
-        group = Group(analysis, unit, analysis.parameters, analysis.lengths[0])
+        group = Group(analysis, unit, analysis.parameters, analysis.lengths[0], [o.node for o in operands])
         return _read(group, operands, layout_out, proof)
     except (RuntimeError, IndexError, ValueError, TypeError, FilterGrew):
         return None
