@@ -20,6 +20,7 @@ from .derive import Derived, derive, tile_step
 from .describe import describe
 from .errors import CapacityError, InputError, Refusal, Unsupported
 from .falsify import check_finite, check_step, rows_apart
+from .heads import with_heads_apart
 from .lane import Lane
 from .lower import CompiledStep
 from .mixers.attention import with_masks
@@ -40,11 +41,7 @@ from .passes.bound_lags import bound_lags
 from .passes.bound_tables import bound_tables
 from .passes.certify_reads import certify_reads
 from .passes.plan_demands import plan_demands
-from .passes.propose_consistency import (
-    Consistency,
-    explain_inconsistency,
-    propose_consistency,
-)
+from .passes.propose_consistency import Consistency, explain_inconsistency, propose_consistency
 from .passes.prove_prefix import prove_prefix
 from .passes.raise_mixers import raise_mixers
 from .pieces import with_pieces_apart
@@ -79,7 +76,7 @@ class Engine:
         capacity: int | None = None,
     ) -> None:
         self.traced, self.options, self.model = program, options, model
-        program, self._dropped = with_taps(with_pieces_apart(program))
+        program, self._dropped = with_taps(with_pieces_apart(with_heads_apart(program)))
         self.program = with_masks(program)
         self.kernels = choose_kernels(options.kernels, program.example.device)
         if self.kernels != "torch" and options.latency == "bounded":
@@ -151,6 +148,7 @@ class Engine:
             lambda unit: self._certify(unit, self.capacity, self.analysis.parameters),
             self._recognise_group,
             self._recognise_operator,
+            proof.by_entry,
         )
 
     def _certify(self, unit: Unit, capacity: int, values: Mapping[str, Tensor]) -> bool:
