@@ -49,6 +49,7 @@ from .program import Kind, Program, is_tensor, source_of
 from .proof import Proof, Step
 from .reach import certified_reach, check_limit, exact_up_to, furthest
 from .report import Report, Snapshot
+from .softmaxes import with_softmaxes_bare
 from .step import StepProgram
 from .text import program_text
 from .twin import twin_values
@@ -76,7 +77,8 @@ class Engine:
         capacity: int | None = None,
     ) -> None:
         self.traced, self.options, self.model = program, options, model
-        program, self._dropped = with_taps(with_pieces_apart(with_heads_apart(program)))
+        program = with_softmaxes_bare(with_heads_apart(program))
+        program, self._dropped = with_taps(with_pieces_apart(program))
         self.program = with_masks(program)
         self.kernels = choose_kernels(options.kernels, program.example.device)
         if self.kernels != "torch" and options.latency == "bounded":

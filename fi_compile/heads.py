@@ -17,10 +17,9 @@ import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 
-from .passes.propose_consistency import agrees, sample_lengths
+from .compare import same_function
 from .program import Program, as_expr, is_integer, is_tensor, operator_name, sizes
 from .rules.pointwise import UNARY_ANY, UNARY_LINEAR, UNARY_ZERO
-from .twin import random_sequence, twin_values, widen_call
 
 aten = torch.ops.aten
 _BY_ENTRY = frozenset(
@@ -60,7 +59,7 @@ def with_heads_apart(program: Program) -> Program:
     ):
         return program
     found = _Unfolding(program).run()
-    return found if _computes_the_same(found, program) else program
+    return found if same_function(found, program) else program
 
 
 def _folded(program: Program, node: fx.Node) -> tuple[int, int] | None:
@@ -74,22 +73,6 @@ def _folded(program: Program, node: fx.Node) -> tuple[int, int] | None:
             if share.is_Integer and int(share) > 1:
                 found.append((dim, int(share)))
     return found[0] if len(found) == 1 else None
-
-
-def _computes_the_same(found: Program, program: Program) -> bool:
-    n = sample_lengths(program)[0]
-    sequence = random_sequence(program, 3, n, seed=0)
-    values = twin_values(program, perturb=0)
-    results = []
-    for each in (found, program):
-        outputs = [o for o in each.outputs if is_tensor(o)]
-        try:
-            with torch.no_grad():
-                env = each.evaluate(sequence, values, keep=outputs, rewrite=widen_call)
-        except (RuntimeError, IndexError, ValueError, TypeError):
-            return False
-        results.append([env[o] for o in outputs])
-    return all(agrees(a, b, 1e-9) for a, b in zip(*results, strict=True))
 
 
 class _Unfolding:

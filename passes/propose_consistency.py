@@ -92,7 +92,7 @@ def _interpreted(program: Program, seed: int, share: float) -> Consistency:
                 raise Unsupported(
                     Refusal("runtime", f"the traced graph fails at length {n}: {error}")
                 ) from error
-    axes = {node: _axes(program, node) for node in program.graph.nodes if is_tensor(node)}
+    axes = {node: axes_of(program, node) for node in program.graph.nodes if is_tensor(node)}
     consistent = frozenset(
         node for node, where in axes.items() if where.fixed and _is_consistent(node, where, lengths, values)
     )
@@ -122,7 +122,8 @@ def sample_lengths(program: Program) -> tuple[int, ...]:
     return tuple(dict.fromkeys(picks))
 
 
-def _axes(program: Program, node: fx.Node) -> Axes:
+def axes_of(program: Program, node: fx.Node) -> Axes:
+    """Which dimensions of a tensor node have the sequence's length, and which the batch's size."""
     lengths = program.lengths.upto(_CHECKED)
     rows, batch, fixed = [], [], True
     for dim, size in enumerate(node.meta["val"].shape):
