@@ -160,14 +160,14 @@ class _Baring:
         if any(s.kind is Kind.PARAMETER and program.nodes[s.name] in _behind(node) for s in program.inputs):
             return False  # new weights would have to be asked again
         values = twin_values(program)
-        longest = self.longest(node)
-        lengths = sample_lengths(program)
+        longest, lengths = self.longest(node), sample_lengths(program)
         if longest is None or len(lengths) < 2:
             return False
         short, long = lengths[:2]
-        a, b, whole = (_table(program, node, n, values) for n in (short, long, longest))
+        a, b = (_table(program, node, n, values) for n in (short, long))
         if agrees(a, b[..., :short]) or not agrees(a, b[..., -short:]):
             return False
+        whole = _table(program, node, longest, values)
         distance = torch.arange(longest - 1, -1, -1, dtype=torch.float64, device=whole.device)
         line = whole[..., :1] * (distance / max(longest - 1, 1))
         error = (whole - line).abs().amax()

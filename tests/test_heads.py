@@ -129,7 +129,7 @@ def made(name: str) -> nn.Module:
     return scale_weights(MODELS[name][0](), 0).double().eval()
 
 
-QUICK = ("bias added to products", "by letters", "heads first", "without softmax")
+QUICK = ("bias added to products", "by letters", "without softmax")
 
 
 @pytest.mark.parametrize("name", by_speed(MODELS, QUICK.__contains__))

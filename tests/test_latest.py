@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import fi_compile
-from decoding import EAGER, decoder, gap, ids, language_model
+from decoding import decoder, gap, ids, language_model
 from transparent import OPTIONS
 
 KEPT = 3
@@ -77,4 +77,4 @@ def test_rows_before_the_newest():
 
 def test_too_many_to_keep():
     with pytest.raises(fi_compile.Unsupported, match="positions that move on"):
-        fi_compile.decoder(Latest(40).eval(), ids(2, 50), options=EAGER)
+        decoder(Latest(40).eval(), ids(2, 50), max_length=64)
