@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .passes.propose_consistency import agrees, sample_lengths
 from .program import Kind, Program, as_expr
 from .twin import random_sequence, twin_values, widen, widen_call
 
@@ -58,6 +59,23 @@ def batches_agree(program: Program, model: nn.Module) -> bool:
             if not _equal_prefix(program, model, sequence, whole):
                 return False
     return True
+
+
+def same_function(found: Program, program: Program) -> bool:
+    """Whether a program that was written anew computes what it did, in double precision on random input."""
+    n = sample_lengths(program)[0]
+    sequence = random_sequence(program, 3 if not isinstance(program.batch, int) else program.batch, n, seed=0)
+    values = twin_values(program, perturb=0)
+    results = []
+    for each in (found, program):
+        outputs = [o for o in each.outputs if isinstance(o, fx.Node)]
+        try:
+            with torch.no_grad():
+                env = each.evaluate(sequence, values, keep=outputs, rewrite=widen_call)
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False
+        results.append([env[o] for o in outputs if isinstance(env[o], Tensor)])
+    return all(agrees(a, b, 1e-9) for a, b in zip(*results, strict=True))
 
 
 def _scales(sequence: Tensor) -> tuple[int, ...]:

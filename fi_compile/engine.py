@@ -22,7 +22,6 @@ from .errors import CapacityError, InputError, Refusal, Unsupported
 from .falsify import check_finite, check_step, rows_apart
 from .lane import Lane
 from .lower import CompiledStep
-from .mixers.attention import with_masks
 from .mixers.chunked_attention import recognise_linear
 from .mixers.convolution import LONGEST_WINDOW, Convolution, FilterGrew, classify, recognise, verify
 from .mixers.folds import Fold, recognise_fold
@@ -32,7 +31,6 @@ from .mixers.products import Product, recognise_product
 from .mixers.recurrence import as_recurrence, with_modes
 from .mixers.registered import Registered, disagreement, recognise_registered
 from .mixers.sliding_attention import SlidingAttention, recognise_sliding
-from .mixers.spectra import with_taps
 from .mixers.stack import state_dtype
 from .mixers.tiles import choose_kernels
 from .options import Options
@@ -40,18 +38,14 @@ from .passes.bound_lags import bound_lags
 from .passes.bound_tables import bound_tables
 from .passes.certify_reads import certify_reads
 from .passes.plan_demands import plan_demands
-from .passes.propose_consistency import (
-    Consistency,
-    explain_inconsistency,
-    propose_consistency,
-)
+from .passes.propose_consistency import Consistency, explain_inconsistency, propose_consistency
 from .passes.prove_prefix import prove_prefix
 from .passes.raise_mixers import raise_mixers
-from .pieces import with_pieces_apart
-from .program import Kind, Program, is_tensor, source_of
+from .program import Kind, Lengths, Program, is_tensor, source_of
 from .proof import Proof, Step
 from .reach import certified_reach, check_limit, exact_up_to, furthest
 from .report import Report, Snapshot
+from .rewritten import rewritten
 from .step import StepProgram
 from .text import program_text
 from .twin import twin_values
@@ -79,8 +73,7 @@ class Engine:
         capacity: int | None = None,
     ) -> None:
         self.traced, self.options, self.model = program, options, model
-        program, self._dropped = with_taps(with_pieces_apart(program))
-        self.program = with_masks(program)
+        self.program, self._dropped = rewritten(program)
         self.kernels = choose_kernels(options.kernels, program.example.device)
         if not options.keep_history and options.latency == "bounded":
             raise InputError("option keep_history=False needs latency='throughput'")
@@ -149,6 +142,7 @@ class Engine:
             lambda unit: self._certify(unit, self.capacity, self.analysis.parameters),
             self._recognise_group,
             self._recognise_operator,
+            proof.by_entry,
         )
 
     def _certify(self, unit: Unit, capacity: int, values: Mapping[str, Tensor]) -> bool:
@@ -494,7 +488,7 @@ class Engine:
         """
         kinds = {i.name: i.kind for i in self.program.inputs}
         traced = self._below_range(self.traced.with_values(values))
-        program = replace(self.program.with_values(values), lengths=traced.lengths)
+        program = replace(self.program.with_values(values), lengths=self._narrowed(traced.lengths))
         check_finite(program)
         if not any(kinds[n] is not Kind.PARAMETER or n in self.proof.values_read for n in changed):
             twin = copy.copy(self)
@@ -519,6 +513,13 @@ class Engine:
             return program
         odd = disagreements(program, self.model)
         return replace(program, lengths=replace(lengths, fewest=max([*odd, lengths.fewest - 1]) + 1))
+
+    def _narrowed(self, lengths: Lengths) -> Lengths:
+        """The lengths of a trace, without those that rewriting it left out."""
+        own, fewest = self.program.lengths, lengths.fewest
+        if own.fewest > self.traced.lengths.fewest:
+            fewest = max(fewest, own.fewest)
+        return replace(lengths, maximum=own.maximum, fewest=fewest)
 
     def enlarged(self, capacity: int) -> Engine:
         """The engine for a capacity at which a filter leaves the class it was found in."""

@@ -72,7 +72,7 @@ def _apply(graph: fx.Graph, cut: Cut, copied: dict[fx.Node, fx.Node]) -> fx.Node
 
 def _cut(node: fx.Node) -> Cut | None:
     """The piece that a node cuts off, or None where it cuts off none, or other operators stand between."""
-    bounds = _bounds(node)
+    bounds = cut_of(node)
     if bounds is None:
         return None
     current, dim, start, stop = bounds
@@ -96,7 +96,7 @@ def _cut(node: fx.Node) -> Cut | None:
     return None
 
 
-def _bounds(node: fx.Node) -> tuple[fx.Node, int, Any, Any] | None:
+def cut_of(node: fx.Node) -> tuple[fx.Node, int, Any, Any] | None:
     """What is cut, along which dimension, from where to where; None for no cut."""
     if is_getitem(node):
         source = node.args[0]

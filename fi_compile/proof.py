@@ -58,6 +58,11 @@ class Proof:
             axis.plain for n in (node, *call.tensors()) if n in self.facts for axis in self.facts[n].axes
         )
 
+    def by_entry(self, node: fx.Node) -> bool:
+        """The operator's own rule: each entry of the result needs only the entries in its place."""
+        call = self.calls.get(node)
+        return call is not None and call.by_entry and self.row_local(node)
+
     def call(self, node: fx.Node) -> Call | None:
         """The call a certified node's rule saw, or ``None``."""
         return self.calls.get(node) if node in self.facts else None

@@ -34,6 +34,7 @@ def plan_demands(
     certify: Callable[[Unit], bool],
     recognise_group: RecogniseUnit = lambda analysis, unit: None,
     recognise_operator: RecogniseUnit = lambda analysis, unit: None,
+    is_by_entry: Callable[[fx.Node], bool] = lambda node: False,
 ) -> Plan:
     """Plan one step: which units run, what they read, and what is kept.
 
@@ -45,10 +46,13 @@ def plan_demands(
     region without any, or None;
     ``recognise_operator(analysis, unit)`` that of a unit for which its operators alone decide, or None;
     ``is_local(node)`` says whether an operator is certified to make each row from the same rows of its arguments;
+    ``is_by_entry(node)`` whether it makes each entry from those in the same place;
     ``certify(unit)`` settles what no operator's rule does. Raises :class:`Unsupported` when an output is not
     consistent.
     """
-    return _Planner(analysis, recognise, is_local, certify, recognise_group, recognise_operator).plan()
+    return _Planner(
+        analysis, recognise, is_local, certify, recognise_group, recognise_operator, is_by_entry
+    ).plan()
 
 
 class _Planner:
@@ -60,11 +64,12 @@ class _Planner:
         certify: Callable[[Unit], bool],
         recognise_group: RecogniseUnit,
         recognise_operator: RecogniseUnit,
+        is_by_entry: Callable[[fx.Node], bool],
     ) -> None:
         self.analysis = analysis
         self.recognise, self.recognise_group = recognise, recognise_group
         self.recognise_operator = recognise_operator
-        self.is_local = is_local
+        self.is_local, self.is_by_entry = is_local, is_by_entry
         self.certify = certify
         self.program: Program = analysis.program
         self.n = analysis.longest
@@ -164,6 +169,8 @@ class _Planner:
                             Unit(node, demand, nodes, dict.fromkeys(whole, (NEW,)), "row", mixer)
                         )
                 fallback = fallback or candidate
+                if any(self.is_data(i) and len(self.rows(i)) > 1 for i in candidate.reads):
+                    break  # weights over pairs of positions stay, whatever is absorbed: no mixer has them as an input
             else:
                 whole = [i for i in inputs if is_tensor(i) and len(self.rows(i)) > 1]
             grown = inside | {i for i in whole if i.op != "placeholder"}
@@ -293,12 +300,22 @@ class _Planner:
         return self.by_rule(unit) or self.certify(unit)
 
     def by_rule(self, unit: Unit) -> bool:
-        """Certified without asking the unit: all rows then narrow, or row by row."""
+        """Certified without asking the unit: all rows then narrow, row by row, or entry by entry."""
         if unit.binding == "region":
             return all(kind == ALL for demand in unit.reads.values() for kind in demand)
         if any(ALL in demand for demand in unit.reads.values()):
-            return False
+            return self.by_entry(unit)
         return all(self.is_local(n) for n in unit.nodes if is_tensor(n) and self.is_data(n))
+
+    def by_entry(self, unit: Unit) -> bool:
+        """Whether a unit works entry by entry, on entries read as those of its exit are wanted."""
+        rank = unit.exit.meta["val"].dim()
+        wanted = dict(zip(self.rows(unit.exit), unit.demand, strict=True))
+        return all(self.is_by_entry(n) for n in unit.nodes if is_tensor(n)) and all(
+            wanted.get(axis + rank - node.meta["val"].dim()) == kind
+            for node, demand in unit.reads.items()
+            for axis, kind in zip(self.rows(node), demand, strict=True)
+        )
 
     def reproduces(self, unit: Unit) -> bool:
         return all(self.reproduces_at(unit, t) for t in dict.fromkeys(self.positions))

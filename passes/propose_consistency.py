@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fi_compile.errors import Refusal, Unsupported
+from fi_compile.facts import LARGE
 from fi_compile.program import Program, as_expr, is_integer, is_tensor, source_of
 from fi_compile.twin import random_sequence, twin_values, widen_call
 
@@ -23,6 +24,8 @@ _BATCH = 3
 _TOLERANCE = 1e-11  # of a value's scale; true noise of the twin stays under 4e-14
 # Of the loudest channel: what is quieter still may be its rounding, and is judged at this scale.
 QUIETEST = 1e-6
+# Masks are filled with numbers this large at least, this far from all others; what is smaller still is rounding.
+_LEAST_FILL, _FAR, _ROUNDING = 1e3, 1e-2, 1e-12
 _CHECKED = 4096  # a size is s if it equals s at every admitted length up to here
 
 
@@ -89,7 +92,7 @@ def _interpreted(program: Program, seed: int, share: float) -> Consistency:
                 raise Unsupported(
                     Refusal("runtime", f"the traced graph fails at length {n}: {error}")
                 ) from error
-    axes = {node: _axes(program, node) for node in program.graph.nodes if is_tensor(node)}
+    axes = {node: axes_of(program, node) for node in program.graph.nodes if is_tensor(node)}
     consistent = frozenset(
         node for node, where in axes.items() if where.fixed and _is_consistent(node, where, lengths, values)
     )
@@ -119,7 +122,8 @@ def sample_lengths(program: Program) -> tuple[int, ...]:
     return tuple(dict.fromkeys(picks))
 
 
-def _axes(program: Program, node: fx.Node) -> Axes:
+def axes_of(program: Program, node: fx.Node) -> Axes:
+    """Which dimensions of a tensor node have the sequence's length, and which the batch's size."""
     lengths = program.lengths.upto(_CHECKED)
     rows, batch, fixed = [], [], True
     for dim, size in enumerate(node.meta["val"].shape):
@@ -164,7 +168,8 @@ def agrees(
     """Equal shapes and dtypes, equal infinities and NaNs, finite parts within tolerance of the scale.
 
     The scale is that of ``expected``, or of ``whole`` where that is a part of it: a single row may be zero. Along the
-    dimensions ``apart``, channels, each index has a scale of its own: a loud one hides no quiet one.
+    dimensions ``apart``, channels, each index has a scale of its own: a loud one hides no quiet one. Nor do the
+    numbers a mask is filled with, which are held to their own size each.
     """
     if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
         return False
@@ -180,18 +185,41 @@ def agrees(
         found, expected = (torch.where(finite, v, 0.0) for v in (found, expected))
     if expected.numel() == 0:
         return True
-    scale = _scale(expected, apart)
+    most = _most_ordinary(expected if whole is None else whole)
+    scale = _scale(expected, apart, most)
     if whole is not None:
-        scale = torch.maximum(scale, _scale(whole, apart))
+        scale = torch.maximum(scale, _scale(whole, apart, most))
     scale = scale.clamp_min(QUIETEST * float(scale.max()))
-    return bool(((found - expected).abs() <= tolerance * scale).all())
+    size = expected.abs()
+    return bool(((found - expected).abs() <= tolerance * torch.where(size <= most, scale, size)).all())
 
 
-def _scale(value: Tensor, apart: Sequence[int]) -> Tensor:
-    """The largest finite magnitude of each channel, the other dimensions kept with size 1."""
+def _scale(value: Tensor, apart: Sequence[int], most: float) -> Tensor:
+    """The largest magnitude up to ``most`` of each channel, the other dimensions kept with size 1."""
     together = [d for d in range(value.dim()) if d not in apart]
-    size = torch.where(torch.isfinite(value), value.abs(), 0.0)
+    size = value.abs()
+    size = torch.where(size <= most, size, 0.0)
     return size.amax(together, keepdim=True) if together else size
+
+
+def _most_ordinary(value: Tensor) -> float:
+    """The magnitude beyond which entries are what a mask is filled with, be it scores plus that: LARGE, or less.
+
+    Less where all entries that are not far smaller lie about one large number, and the others are no mere rounding
+    of it.
+    """
+    size = value.abs()
+    top = float(size.max()) if size.numel() else 0.0
+    if not top <= LARGE:
+        size = torch.where(size <= LARGE, size, 0.0)
+        top = float(size.max())
+    if top < _LEAST_FILL:
+        return LARGE
+    filled, ordinary = size >= (1 - _FAR) * top, size < _FAR * top
+    if not bool((filled | ordinary).all()) or int(filled.sum()) < 2:
+        return LARGE
+    loudest = float(torch.where(ordinary, size, 0.0).max())
+    return _FAR * top if loudest > _ROUNDING * top else LARGE
 
 
 def explain_inconsistency(analysis: Consistency) -> Refusal:

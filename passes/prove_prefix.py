@@ -482,7 +482,7 @@ def _not_certified(fact: Fact) -> Deny:
         return Deny(
             "moving",
             f"the output holds {held[0]} positions that move on when the sequence grows",
-            "return all positions, or the newest alone",
+            "return all positions, or up to the last 32",
         )
     return Deny("unproved", f"the output is not certified: {_describe(fact, True)}")
 

@@ -117,6 +117,53 @@ def test_unbounded_scores_do(attend):
     assert gap(net(huge)[:, :6], net(huge[:, :6])) > 1e-3  # and a later position is seen
 
 
+class FromTable(nn.Module):
+    """Scores of rows of a table, no norm between; the matrix stands on the right of rows that are merged."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, WIDTH)
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(WIDTH, 3 * WIDTH)),
+            nn.Parameter(torch.randn(3 * WIDTH)),
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        batch, length = ids.shape
+        rows = self.table(ids).view(-1, WIDTH)
+        qkv = torch.addmm(self.bias, rows, self.weight).view(batch, length, 3, HEADS, -1)
+        return added(*qkv.permute(2, 0, 3, 1, 4).unbind(0)).transpose(1, 2).flatten(2)
+
+
+def test_rows_of_a_table_are_bounded():
+    torch.manual_seed(0)
+    net, read = FromTable().double().eval(), torch.randint(0, 11, (2, 9))
+
+    def proved() -> bool:
+        program = trace_module(net, read)
+        proof = prove_prefix(program, 90)
+        return all(proof.proved(o) for o in program.outputs)
+
+    assert proved()
+    net.table.weight[7] *= 60
+    assert not proved()
+
+
+def floored(q, k, v):
+    """The lowest number, plus scores, may be infinite in half precision: it is cut off again."""
+    scores = scores_of(q, k) + later(q) * torch.finfo(torch.float32).min
+    return torch.max(scores, torch.full((), torch.finfo(torch.float32).min, dtype=q.dtype)).softmax(-1) @ v
+
+
+def floored_high(q, k, v):
+    return torch.max(scores_of(q, k) - 1e4 * later(q), torch.full((), -1e2, dtype=q.dtype)).softmax(-1) @ v
+
+
+def test_scores_cut_off_at_the_lowest_number():
+    assert accepted(model(floored, nn.Identity))
+    assert not accepted(model(floored_high, nn.Identity))
+
+
 def test_a_refusal_says_what_to_write():
     with pytest.raises(fi_compile.Unsupported) as refused:
         decoder(model(added, nn.Identity), features(2, 9, WIDTH), max_length=90)

@@ -110,7 +110,6 @@ def test_the_newest_row_by_a_list_of_one():
     ("pick", "kind"),
     [
         (lambda x: x[:, [-2], :], "moving"),
-        (lambda x: x[:, -3:], "moving"),
         (lambda x: x[:, [-2, -1], :], "data_dependent"),
     ],
 )

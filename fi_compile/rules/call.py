@@ -74,7 +74,8 @@ class Call:
     """One call: arguments by the operator's own names, sizes evaluated at every admitted length.
 
     A rule must ask for each integer that follows the length (``q``, ``qs``); the walker refuses the call if
-    one was left unread: a length used as a value. What the rule notes besides the fact: ``row_local``,
+    one was left unread: a length used as a value. What the rule notes besides the fact: ``row_local``, ``by_entry``
+    (each entry of the result needs only the entries in its place, of arguments aligned at the right),
     ``mixes_rows`` (a row of the batch that the result still has meets other rows),
     ``linear`` (groups of nodes in which the operator is jointly linear, the others fixed), ``invariant``
     (those groups along which it also commutes with shifts) and ``conditions`` for the certificate.
@@ -83,6 +84,7 @@ class Call:
     node: fx.Node
     context: Context
     row_local: bool = False
+    by_entry: bool = False
     mixes_rows: bool = False
     linear: list[frozenset[fx.Node]] = field(default_factory=list)
     invariant: list[frozenset[fx.Node]] = field(default_factory=list)

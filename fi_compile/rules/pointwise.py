@@ -117,7 +117,7 @@ def invariant(nodes: Sequence[fx.Node], facts: Sequence[Fact], rank: int) -> lis
 
 def finish(c: Call, dims: tuple[Dim, ...], scale: Any = 1.0, affine: Affine | None = None) -> Fact:
     """The result of an elementwise operator, with what is known of triangles and uniform values."""
-    c.row_local = True
+    c.row_local = c.by_entry = True
     facts = {n: c.fact(n) for n in c.tensors()}
     triangles = combined(c, len(dims))
     fill = None

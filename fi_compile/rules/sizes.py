@@ -265,18 +265,32 @@ def _normed(sizes: Sizes, call: Call) -> Size | None:
 
 def _linear(sizes: Sizes, call: Call) -> Size | None:
     """The rows of the matrix against a row of the input."""
-    row, weight = sizes.row(call.arg("input"), -1), call.arg("weight")
+    return _mapped(sizes, call, call.arg("input"), call.arg("weight"), call.arg("bias"), turned=False)
+
+
+def _addmm(sizes: Sizes, call: Call) -> Size | None:
+    if call.arg("alpha", 1) != 1 or call.arg("beta", 1) != 1:
+        return None
+    return _mapped(sizes, call, call.arg("mat1"), call.arg("mat2"), call.arg("self"), turned=True)
+
+
+def _mapped(
+    sizes: Sizes, call: Call, x: fx.Node, weight: fx.Node, bias: fx.Node | None, *, turned: bool
+) -> Size | None:
+    """A row of x times a matrix [out, in], or [in, out] ``turned``, plus a bias."""
+    row = sizes.row(x, -1)
     if row is None or sizes.context.is_data(weight):
         return None
     table = sizes.context.table(weight)
-    bias = sizes.of(call.arg("bias")) if call.has("bias") else Size(0.0)
-    if table is None or table.dim() != 2 or bias is None or table.is_complex():
+    added = sizes.of(bias) if isinstance(bias, fx.Node) else Size(0.0)
+    if table is None or table.dim() != 2 or added is None or table.is_complex():
         return None
-    matrix = table.detach().double()
+    matrix = (table.mT if turned else table).detach().double()
     each = float(matrix.norm(dim=1).max()) * row
     whole = float(torch.linalg.matrix_norm(matrix, 2)) * row
     last = call.node.meta["val"].dim() - 1
-    return Size(each + bias.each, {last: whole + bias.rows.get(0, 0.0)})
+    rank = 1 if bias is None else bias.meta["val"].dim()
+    return Size(each + added.each, {last: whole + added.rows.get(rank - 1, 0.0)} if rank == 1 else {})
 
 
 def _weights(sizes: Sizes, call: Call) -> Size:
@@ -294,6 +308,8 @@ def _matmul(sizes: Sizes, call: Call) -> Size | None:
     rank, last = call.node.meta["val"].dim(), b.meta["val"].dim() - 1  # type: ignore[union-attr]
     if b.meta["val"].dim() < 2:  # type: ignore[union-attr]
         return None
+    if b.meta["val"].dim() == 2 and not sizes.context.is_data(b):  # type: ignore[union-attr, arg-type]
+        return _mapped(sizes, call, a, b, None, turned=True)  # type: ignore[arg-type]
     if left.convex:
         return Size(right.each, {rank - 1: right.rows[last]} if last in right.rows else {})
     rows = sizes.row(a, -1), sizes.row(b, -2)  # type: ignore[arg-type]
@@ -346,6 +362,7 @@ _RULES: dict[str, Callable[[Sizes, Call], Size | None]] = {
     "mul": _product,
     "div": _quotient,
     "linear": _linear,
+    "addmm": _addmm,
     "embedding": _embedded,
     "scaled_dot_product_attention": _attention,
 }  # fmt: skip

@@ -234,7 +234,19 @@ def _quotient(c: Call, states: dict[Any, Any]) -> Any:
     return _UNDECIDED
 
 
+def _greater(c: Call, states: dict[Any, Any]) -> Any:
+    """Beside a very low number the other one is the greater, where that is of ordinary size."""
+    values = [_operand(c, name, states) for name in ("self", "other")]
+    for low, other in (values, values[::-1]):
+        if is_number(low) and not isinstance(low, bool) and low <= VERY_LOW and other is OPEN:
+            return OPEN
+    return _UNDECIDED
+
+
 _SPECIAL = {
+    "maximum": _greater,
+    "max": _greater,
+    "fmax": _greater,
     "where": _where,
     "masked_fill": _masked_fill,
     "mul": _product,

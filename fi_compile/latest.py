@@ -1,0 +1,98 @@
+"""The last few positions of a value, as the newest row of as many values that are each delayed by one position more.
+
+``x[:, -3:]`` has other rows at every length, so no row of it can be kept. Its rows are the newest rows of x, of x one
+position later, and of x two positions later, and those are kept like the rows of any short filter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+
+from .compare import same_function
+from .passes.propose_consistency import axes_of
+from .pieces import cut_of
+from .program import Program, operator_name, sizes
+
+aten = torch.ops.aten
+_MOST = 32  # positions; each has a ring of its own
+
+
+def with_latest_delayed(program: Program) -> Program:
+    """The program with slices of some of the last k positions, 1 < k ≤ 32, taken from delayed values.
+
+    Before and after::
+
+        last = x[:, s - 2 : s]
+        last = cat([pad(x, one row in front)[:, :s][:, s - 1 : s], x[:, s - 1 : s]], 1)
+
+    With fewer than k positions a model returns as many rows as there are, so k become the fewest it may have. Where the
+    twins do not compute the same, nothing is changed.
+    """
+    found = {node: delays for node in program.graph.nodes if (delays := _latest(program, node)) is not None}
+    if not found:
+        return program
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        new = _delayed(graph, node, found[node], copied) if node in found else None
+        copied[node] = new or graph.node_copy(node, copied.__getitem__)
+    graph.eliminate_dead_code()
+    graph.lint()
+    fewest = max(program.lengths.fewest, *(delays[0] + 1 for delays in found.values()))
+    lengths = replace(program.lengths, fewest=fewest)
+    made = replace(program, module=fx.GraphModule(nn.Module(), graph), lengths=lengths)
+    return made if same_function(made, program) else program
+
+
+def _latest(program: Program, node: fx.Node) -> range | None:
+    """How far back the positions are that a slice takes, if they are a few of the last, and more than the newest."""
+    if node not in program.input_dependent or operator_name(node.target) != "slice":
+        return None
+    bounds = cut_of(node)
+    if bounds is None:
+        return None
+    source, dim, start, stop = bounds
+    axes = axes_of(program, source)
+    if axes.rows != (dim,):
+        return None
+    lengths = program.lengths.upto(4 * _MOST + program.lengths.minimum)
+    first, end, size = (program.size_values(e, lengths) for e in (start, stop, sizes(source)[dim]))
+    if not len(lengths):
+        return None
+    back, count = int((size - end)[-1]), int((end - first)[-1])
+    whole = bool((size - end == back).all()) and bool((end - first == count).all())
+    if not whole or count < 1 or not 1 < back + count <= _MOST:
+        return None
+    return range(back + count - 1, back - 1, -1)
+
+
+def _delayed(graph: fx.Graph, node: fx.Node, delays: range, copied: dict[fx.Node, fx.Node]) -> fx.Node:
+    bounds = cut_of(node)
+    assert bounds is not None
+    source, dim = copied[bounds[0]], bounds[1]
+    rank = source.meta["val"].dim()
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        made = graph.call_function(target, args)
+        made.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        values = fx.map_arg(args, lambda a: a.meta["val"])
+        with node.meta["val"].fake_mode, enable_python_dispatcher():
+            made.meta["val"] = target(*values)
+        return made
+
+    length = call(aten.sym_size.int, source, dim)
+    rows = []
+    for by in delays:
+        value = source
+        if by:
+            in_front = [0] * (2 * (rank - dim - 1)) + [by, 0]
+            value = call(
+                aten.slice.Tensor, call(aten.constant_pad_nd.default, source, in_front), dim, 0, length
+            )
+        rows.append(call(aten.slice.Tensor, value, dim, -1, 2**63 - 1))
+    return call(aten.cat.default, rows, dim)

@@ -1,0 +1,317 @@
+"""What a softmax over keys does not see, left out, and what it sees of other columns, by itself.
+
+A number added to all scores of one query changes no weight. So a largest score that is taken off first does nothing,
+and a bias that is linear in the key's position may be counted from the newest position, as ``arange(1 - s, 1)`` is,
+instead of from the query: which moves with the length, though no weight does. Columns that only join the sum of the
+weights, and are cut off after it, scale all weights of a query by one factor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+
+from .compare import same_function
+from .facts import is_number
+from .passes.propose_consistency import Axes, agrees, axes_of, sample_lengths
+from .pieces import cut_of
+from .program import Kind, Program, as_expr, is_getitem, is_tensor, needed, operator_name, sizes
+from .rules.triangles import VERY_LOW
+from .twin import twin_values, widen, widen_call
+
+aten = torch.ops.aten
+_SOFTMAXES = ("softmax", "_softmax")
+_COPIES = ("to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout")
+_LONGEST, _MOST_ELEMENTS = 1 << 17, 1 << 26
+
+
+def with_softmaxes_bare(program: Program) -> Program:
+    """The program with scores freed of what moves with the length and changes no weight.
+
+    Before and after::
+
+        softmax(masked_fill(q @ k + slope * arange(1 - s, 1), later, -inf))
+        softmax(masked_fill(q @ k + slope * -(i - j), later, -inf))
+
+        softmax(cat([x, sink], -1) - amax(cat([x, sink], -1), -1))[..., :-1]
+        softmax(x) * sigmoid(logsumexp(x) - sink)
+
+    A bias is linear as far as it is evaluated: up to 2^17 positions, which the program is then cut off at. Where the
+    twins do not compute the same, nothing is changed.
+    """
+    if not any(
+        operator_name(n.target) in (*_SOFTMAXES, "scaled_dot_product_attention") for n in program.graph.nodes
+    ):
+        return program
+    baring = _Baring(program)
+    found = baring.run()
+    return found if baring.changed and same_function(found, program) else program
+
+
+class _Baring:
+    """The new graph as it grows."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        self.copied: dict[fx.Node, fx.Node] = {}
+        self.biases: dict[fx.Node, fx.Node | None] = {}
+        self.changed = False
+        self.most = program.lengths.maximum
+        self.node: fx.Node = program.sequence
+
+    def run(self) -> Program:
+        for node in self.program.graph.nodes:
+            self.node = node
+            made = self.made(node)
+            self.changed |= made is not None
+            self.copied[node] = made or self.graph.node_copy(node, self.copied.__getitem__)
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        lengths = replace(self.program.lengths, maximum=self.most)
+        return replace(self.program, module=fx.GraphModule(nn.Module(), self.graph), lengths=lengths)
+
+    def made(self, node: fx.Node) -> fx.Node | None:
+        """What stands in place of a node; None where that is itself."""
+        name = operator_name(node.target) if node.op == "call_function" else ""
+        if name == "slice":
+            return self.without_columns(node)
+        if name in _SOFTMAXES and _last(node, 1):
+            key: Any = 0
+        elif name == "scaled_dot_product_attention" and is_tensor(_given(node).get("attn_mask")):
+            key = 3 if len(node.args) > 3 else "attn_mask"
+        else:
+            return None
+        scores: Any = node.kwargs[key] if isinstance(key, str) else node.args[key]
+        bare = self.bare(scores)
+        if bare is self.copied[scores]:
+            return None
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda a: bare if a is scores else self.copied[a])
+        return self.call(node.target, *args, **kwargs)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node in place of the present one."""
+        made = self.graph.call_function(target, args, kwargs)
+        made.meta = {k: v for k, v in self.node.meta.items() if k != "val"}
+        values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.program.sequence.meta["val"].fake_mode, enable_python_dispatcher():
+            made.meta["val"] = target(*values, **options)
+        return made
+
+    # -- scores --------------------------------------------------------------------------------------------
+
+    def bare(self, node: fx.Node) -> fx.Node:
+        """Scores in the new graph that differ by a number for each query, where that makes them simpler."""
+        name = operator_name(node.target) if node.op == "call_function" else ""
+        followed: list[Any] = self.followed(node, name)
+        if name in ("add", "sub") and _given(node).get("alpha", 1) == 1:
+            a, b = node.args[:2]
+            if name == "sub" and is_tensor(a) and _is_largest(b) and sizes(a) == sizes(node):  # type: ignore[arg-type]
+                return self.bare(a)  # type: ignore[arg-type]
+            followed = [x for x in (a, b) if is_tensor(x)]
+        new = {x: self.bias(x) or self.bare(x) for x in followed}
+        if all(self.copied[x] is n for x, n in new.items()):
+            return self.copied[node]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: new.get(x) or self.copied[x])
+        return self.call(node.target, *args, **kwargs)
+
+    def followed(self, node: fx.Node, name: str) -> list[Any]:
+        """The arguments in which a number for each query stays one, beside entries that are masked."""
+        args = node.args
+        if name in _COPIES or (name == "masked_fill" and _very_low(args[2])):
+            return [args[0]]
+        if name in ("mul", "div") and is_number(args[1]) and args[1] > 0:
+            return [args[0]]
+        if name == "where" and any(map(_very_low, args[1:3])):
+            return [a for a in args[1:3] if is_tensor(a) and not _very_low(a)]
+        return []
+
+    def bias(self, node: fx.Node) -> fx.Node | None:
+        """A bias by the key's distance from the newest position, as one by its distance from the query."""
+        if node not in self.biases:
+            self.biases[node] = self.by_lag(node) if self.is_moving(node) else None
+        return self.biases[node]
+
+    def is_moving(self, node: fx.Node) -> bool:
+        """Whether a value is one bias for each key, the same to all queries, and moves with the length."""
+        program, rank = self.program, node.meta["val"].dim()
+        return (
+            node not in program.input_dependent
+            and rank > 0
+            and axes_of(program, node) == Axes((rank - 1,), (), True)
+            and (rank == 1 or self.is_one(sizes(node)[-2]))
+            and node.meta["val"].dtype in (torch.float32, torch.float64)
+            and self.is_linear(node)
+        )
+
+    def is_one(self, size: Any) -> bool:
+        lengths = self.program.lengths.upto(_LONGEST)
+        return bool((self.program.size_values(size, lengths) == 1).all())
+
+    def is_linear(self, node: fx.Node) -> bool:
+        """Whether, from its end, a table is one and the same at all lengths, and a multiple of the distance."""
+        program = self.program
+        if any(s.kind is Kind.PARAMETER and program.nodes[s.name] in _behind(node) for s in program.inputs):
+            return False  # new weights would have to be asked again
+        values = twin_values(program)
+        longest, lengths = self.longest(node), sample_lengths(program)
+        if longest is None or len(lengths) < 2:
+            return False
+        short, long = lengths[:2]
+        a, b = (_table(program, node, n, values) for n in (short, long))
+        if agrees(a, b[..., :short]) or not agrees(a, b[..., -short:]):
+            return False
+        whole = _table(program, node, longest, values)
+        distance = torch.arange(longest - 1, -1, -1, dtype=torch.float64, device=whole.device)
+        line = whole[..., :1] * (distance / max(longest - 1, 1))
+        error = (whole - line).abs().amax()
+        if not bool(error <= 4 * torch.finfo(node.meta["val"].dtype).eps * whole.abs().amax()):
+            return False
+        self.most = longest if self.most is None else min(self.most, longest)
+        return True
+
+    def longest(self, node: fx.Node) -> int | None:
+        """The longest length at which a table is evaluated."""
+        behind = [n for n in _behind(node) if is_tensor(n)]
+        most = (
+            _LONGEST if self.program.lengths.maximum is None else min(_LONGEST, self.program.lengths.maximum)
+        )
+        while most > 1:
+            at = np.asarray([most])
+            counts = [
+                math.prod(int(self.program.size_values(as_expr(s), at, 1)[0]) for s in n.meta["val"].shape)
+                for n in behind
+            ]
+            if max(counts) <= _MOST_ELEMENTS:
+                admitted = self.program.lengths.upto(most)
+                return int(admitted[-1]) if len(admitted) else None
+            most //= 2
+        return None
+
+    def by_lag(self, node: fx.Node) -> fx.Node:
+        """``table[s - 1 - (i - j)]`` for queries i and keys j; its negative for later keys."""
+        table = self.copied[node]
+        length = self.call(aten.sym_size.int, table, -1)
+        positions = self.call(aten.arange.default, length, device=node.meta["val"].device)
+        lag = self.call(aten.sub.Tensor, self.call(aten.unsqueeze.default, positions, 1), positions)
+        turned = self.call(aten.flip.default, table, [-1])
+        if len(sizes(node)) > 1:
+            turned = self.call(aten.select.int, turned, -2, 0)
+        place = [None] * (turned.meta["val"].dim() - 1)
+        entries = self.call(aten.index.Tensor, turned, [*place, self.call(aten.abs.default, lag)])
+        return self.call(aten.mul.Tensor, entries, self.call(aten.sign.default, lag))
+
+    # -- columns -------------------------------------------------------------------------------------------
+
+    def without_columns(self, node: fx.Node) -> fx.Node | None:
+        """Weights cut from those that more columns than the keys were weighed with."""
+        bounds = cut_of(node)
+        if bounds is None or bounds[1] != node.meta["val"].dim() - 1:
+            return None
+        after, softmax = _through(bounds[0])
+        if operator_name(softmax.target) not in _SOFTMAXES or not _last(softmax, 1):
+            return None
+        before, joined = _through(softmax.args[0])  # type: ignore[arg-type]
+        if operator_name(joined.target) == "sub" and _is_largest(joined.args[1]):
+            more, joined = _through(joined.args[0])  # type: ignore[arg-type]
+            before = [*more, *before]
+        if operator_name(joined.target) not in ("cat", "concat") or not _last(joined, 1):
+            return None
+        pieces: Any = joined.args[0]
+        offset: Any = 0
+        for piece in pieces:
+            end = offset + sizes(piece)[-1]
+            if offset == bounds[2] and end == bounds[3]:
+                others = [p for p in pieces if p is not piece]
+                return self.weighed(softmax, piece, others, before, after) if others else None
+            offset = end
+        return None
+
+    def weighed(
+        self,
+        softmax: fx.Node,
+        piece: fx.Node,
+        others: list[fx.Node],
+        before: list[fx.Node],
+        after: list[fx.Node],
+    ) -> fx.Node:
+        dtype = softmax.meta["val"].dtype
+
+        def prepared(value: fx.Node) -> fx.Node:
+            for step in before:
+                value = self.call(step.target, value, *step.args[1:], **step.kwargs)
+            same = value.meta["val"].dtype == dtype
+            return value if same else self.call(aten._to_copy.default, value, dtype=dtype)
+
+        scores, rest = prepared(self.bare(piece)), [prepared(self.copied[o]) for o in others]
+        beside = rest[0] if len(rest) == 1 else self.call(aten.cat.default, rest, -1)
+        if beside.meta["val"].shape[-1] != 1:
+            beside = self.call(aten.logsumexp.default, beside, [-1], True)
+        own = self.call(aten.logsumexp.default, scores, [-1], True)
+        share = self.call(aten.sigmoid.default, self.call(aten.sub.Tensor, own, beside))
+        value = self.call(aten.mul.Tensor, self.call(aten.softmax.int, scores, -1), share)
+        for step in after:
+            value = self.call(step.target, value, *step.args[1:], **step.kwargs)
+        return value
+
+
+def _table(program: Program, node: fx.Node, length: int, values: Any) -> Tensor:
+    example = program.example
+    batch = program.batch if isinstance(program.batch, int) else 1
+    shape = (batch, length, *example.shape[2:])
+    sequence = example.new_zeros((1,) * len(shape), dtype=widen(example.dtype)).expand(shape)
+    with torch.no_grad():
+        return program.evaluate(sequence, values, keep=[node], rewrite=widen_call)[node]
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    return {node, *(n for n in needed(list(node.graph.nodes), [node]))}
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _last(node: fx.Node, place: int) -> bool:
+    """Whether an operator works along the last dimension."""
+    dim: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
+    return dim % node.meta["val"].dim() == node.meta["val"].dim() - 1
+
+
+def _through(node: fx.Node) -> tuple[list[fx.Node], fx.Node]:
+    """The copies a value went through, in order, and what was copied."""
+    steps: list[fx.Node] = []
+    while operator_name(node.target) in _COPIES:
+        steps.insert(0, node)
+        node = node.args[0]  # type: ignore[assignment]
+    return steps, node
+
+
+def _is_largest(value: Any) -> bool:
+    """Whether a value is the largest entry along the last dimension, which is kept."""
+    if not is_tensor(value) or value.meta["val"].dim() == 0 or value.meta["val"].shape[-1] != 1:
+        return False
+    source = value
+    if is_getitem(value):
+        if value.args[1] != 0:
+            return False
+        source = value.args[0]
+    given = _given(source) if source.op == "call_function" and not is_getitem(source) else {}
+    if operator_name(source.target) not in ("amax", "max") or "dim" not in given or not given.get("keepdim"):
+        return False
+    dims = given["dim"] if isinstance(given["dim"], (list, tuple)) else [given["dim"]]
+    return [d % value.meta["val"].dim() for d in dims] == [value.meta["val"].dim() - 1]
+
+
+def _very_low(value: Any) -> bool:
+    """Whether an argument is one number that no softmax gives a weight."""
+    if isinstance(value, fx.Node) and operator_name(value.target) in ("full", "scalar_tensor"):
+        value = value.args[1 if operator_name(value.target) == "full" else 0]
+    return is_number(value) and not isinstance(value, bool) and value <= VERY_LOW

@@ -1,0 +1,80 @@
+"""Outputs of the last few positions: rows that move on at every step, kept as rows of delayed values."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fi_compile
+from decoding import decoder, gap, ids, language_model
+from transparent import OPTIONS
+
+KEPT = 3
+
+
+@pytest.fixture(autouse=True)
+def _quiet(without_gradients):
+    pass
+
+
+class Latest(nn.Module):
+    """Logits of the last few positions, and the sum of them, of a model that returns all."""
+
+    def __init__(self, kept: int = KEPT, end: int | None = None):
+        super().__init__()
+        self.end = end
+        self.model, self.kept = language_model("fft_scale_on_filter", width=4, l_max=64), kept
+
+    def forward(self, read: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model(read)[:, -self.kept : self.end, :]
+        return logits, logits.sum(1)
+
+
+def test_the_last_rows_move_on():
+    net, sequence = Latest().eval(), ids(2, 40)
+    dec = decoder(net, ids(2, 9), max_length=64)
+    assert dec.report.verdict == "proved"
+    for prompt in (KEPT, 20):
+        found = [dec.prefill(sequence[:, :prompt])]
+        found += [dec.step(sequence[:, t]) for t in range(prompt, 40)]
+        for t, (logits, total) in enumerate(found, prompt):
+            assert gap(logits, net(sequence[:, :t])[0]) < 1e-12
+            assert gap(total, net(sequence[:, :t])[1]) < 1e-12
+    dec.rewind(25)
+    assert gap(dec.step(sequence[:, 25])[0], net(sequence[:, :26])[0]) < 1e-12
+    assert gap(dec.extend(sequence[:, 26:33])[0], net(sequence[:, :33])[0]) < 1e-12
+
+
+def test_fewer_positions_have_fewer_rows():
+    net = Latest().eval()
+    dec = decoder(net, ids(2, 9), max_length=64)
+    assert net(ids(2, 2))[0].shape[1] == 2
+    with pytest.raises(fi_compile.InputError, match=f"give at least {KEPT}"):
+        dec.prefill(ids(2, KEPT - 1))
+    net.model.embedding.weight.mul_(1.5)  # and with other weights too
+    dec.reset()
+    with pytest.raises(fi_compile.InputError, match=f"give at least {KEPT}"):
+        dec.prefill(ids(2, KEPT - 1))
+    assert gap(dec.prefill(ids(2, 7))[0], net(ids(2, 7))[0]) < 1e-12
+
+
+def test_a_growing_prefix(fresh_dynamo):
+    net, sequence = Latest().eval(), ids(2, 24)
+    fast = torch.compile(net, backend="flashinf", dynamic=True, options=OPTIONS)
+    with torch.inference_mode():
+        for t in range(1, 25):
+            for found, expected in zip(fast(sequence[:, :t]), net(sequence[:, :t]), strict=True):
+                assert gap(found, expected) < 1e-12
+    assert not fi_compile.last_report().refusals
+
+
+def test_rows_before_the_newest():
+    net, sequence = Latest(KEPT, -1).eval(), ids(2, 20)
+    dec = decoder(net, ids(2, 9), max_length=64)
+    dec.prefill(sequence[:, :KEPT])
+    for t in range(KEPT, 20):
+        assert gap(dec.step(sequence[:, t])[0], net(sequence[:, : t + 1])[0]) < 1e-12
+
+
+def test_too_many_to_keep():
+    with pytest.raises(fi_compile.Unsupported, match="positions that move on"):
+        decoder(Latest(40).eval(), ids(2, 50), max_length=64)

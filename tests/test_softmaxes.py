@@ -1,0 +1,149 @@
+"""What changes no weight of a softmax: biases counted from the newest position, largest scores taken off, sinks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fi_compile
+from corpus import scale_weights
+from decoding import by_speed, decoded, decoder, features, gap
+from fi_compile.capture import trace_module
+from fi_compile.softmaxes import with_softmaxes_bare
+
+WIDTH, HEADS = 8, 2
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.fixture(autouse=True)
+def _quiet(without_gradients):
+    pass
+
+
+def later(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
+
+
+class Attention(nn.Module):
+    """``weigh(self, scores)`` [B, heads, s, s] → weights."""
+
+    def __init__(self, weigh):
+        super().__init__()
+        self.weigh = weigh
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        slopes = torch.tensor([0.5, 0.3], dtype=torch.float64)[:, None, None]
+        self.register_buffer("table", slopes * torch.arange(-127, 1))
+        self.register_buffer("curved", slopes * torch.arange(-127, 1) ** 2 / 50)
+        self.sinks = nn.Parameter(torch.randn(HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        weights = self.weigh(self, q @ k.mT / math.sqrt(WIDTH // HEADS))
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def last_columns(self, scores: Tensor) -> Tensor:
+    """A table as long as the longest sequence, cut at its end."""
+    length = scores.shape[-1]
+    biased = scores + self.table[:, :, self.table.shape[-1] - length :]
+    return biased.masked_fill(later(length), LOWEST).float().softmax(-1).to(scores.dtype)
+
+
+def counted_down(self, scores: Tensor) -> Tensor:
+    length = scores.shape[-1]
+    bias = torch.arange(1 - length, 1, dtype=scores.dtype) * 0.25
+    mask = torch.zeros(length, length, dtype=scores.dtype).masked_fill(later(length), -math.inf)
+    return (2 * (scores + bias) + mask).softmax(-1)
+
+
+def largest_taken_off(self, scores: Tensor) -> Tensor:
+    scores = scores.masked_fill(later(scores.shape[-1]), -math.inf)
+    return (scores - scores.amax(-1, keepdim=True)).softmax(-1)
+
+
+def sink(self, scores: Tensor) -> Tensor:
+    """One more column, the same to all queries: it takes weight from the keys."""
+    batch, _, length, _ = scores.shape
+    scores = scores.masked_fill(later(length), LOWEST)
+    column = self.sinks.view(1, -1, 1, 1).expand(batch, -1, length, -1)
+    joined = torch.cat([scores, column], -1)
+    joined = joined - joined.max(-1, keepdim=True).values
+    return F.softmax(joined, -1)[..., :-1]
+
+
+def two_sinks_before(self, scores: Tensor) -> Tensor:
+    """Columns of the queries themselves, before the keys."""
+    own = (scores * torch.eye(scores.shape[-1], dtype=scores.dtype)).sum(-1)
+    columns = torch.stack([own / 2, torch.ones_like(own)], -1)
+    scores = scores.masked_fill(later(scores.shape[-1]), -math.inf)
+    return torch.cat([columns, scores], -1).softmax(-1)[..., 2:]
+
+
+MODELS = [last_columns, counted_down, largest_taken_off, sink, two_sinks_before]
+
+
+def made(weigh) -> nn.Module:
+    torch.manual_seed(0)
+    net = scale_weights(Attention(weigh), 0).double().eval()
+    net.sinks.copy_(torch.tensor([1.0, 3.0]))  # a sink that takes nothing would show nothing
+    return net
+
+
+@pytest.mark.parametrize("weigh", by_speed(MODELS, (last_columns, sink).__contains__))
+def test_keys_and_values_are_kept(weigh):
+    net = made(weigh)
+    dec = decoder(net, features(2, 9, WIDTH), max_length=100)
+    assert {m.kind for m in dec.report.mixers} == {"attention"}
+    sequence = features(2, 60, WIDTH)
+    allowed = 1e-6 if weigh is last_columns else 1e-12  # its softmax is in float32
+    for prompt in (1, 17):
+        assert gap(decoded(dec, sequence, prompt), net(sequence)[:, prompt - 1 :]) < allowed
+
+
+def curved(self, scores: Tensor) -> Tensor:
+    """Not linear: an earlier query would have weighed these keys otherwise."""
+    length = scores.shape[-1]
+    biased = scores + self.curved[:, :, self.curved.shape[-1] - length :]
+    return biased.masked_fill(later(length), -math.inf).softmax(-1)
+
+
+def shifted_mask(self, scores: Tensor) -> Tensor:
+    """The masked are lowered by too little to weigh nothing beside a bias."""
+    length = scores.shape[-1]
+    return (scores + self.table[:, :, self.table.shape[-1] - length :] - 20.0 * later(length)).softmax(-1)
+
+
+@pytest.mark.parametrize("weigh", by_speed([curved, shifted_mask], (curved,).__contains__))
+def test_what_does_change_weights_is_refused(weigh):
+    net = made(weigh)
+    sequence = features(2, 40, WIDTH)
+    assert gap(net(sequence)[:, :20], net(sequence[:, :20])) > 1e-6
+    with pytest.raises(fi_compile.Unsupported):
+        decoder(net, features(2, 9, WIDTH), max_length=100)
+
+
+@pytest.mark.slow
+def test_linear_at_its_end_only():
+    """Up to where it is evaluated: a bend far back is found."""
+    net = made(last_columns)
+    net.table[..., :30] *= 2
+    assert with_softmaxes_bare(trace_module(net, features(2, 9, WIDTH))).lengths.maximum is not None
+    with pytest.raises(fi_compile.Unsupported):
+        decoder(net, features(2, 9, WIDTH), max_length=120)
+
+
+def test_weights_that_are_seen_stay_as_they_are():
+    """Columns that are not cut off, or cut elsewhere, are no sinks."""
+
+    def kept(self, scores: Tensor) -> Tensor:
+        length = scores.shape[-1]
+        joined = torch.cat([scores.masked_fill(later(length), LOWEST), scores[..., :1] * 0], -1).softmax(-1)
+        return joined[..., :-1] + joined[..., -1:] * torch.eye(length)
+
+    net = made(kept)
+    program = trace_module(net, features(2, 9, WIDTH))
+    sequence = features(2, 11, WIDTH)
+    assert gap(with_softmaxes_bare(program).run(sequence), net(sequence)) < 1e-12
