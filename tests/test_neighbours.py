@@ -45,7 +45,7 @@ def test_rows_and_heads_in_one_dimension():
     torch.manual_seed(0)
     x = features(3, 40, 8)
     model = MergedHeads()
-    dec = decodes(model, x, {"region/history"})
+    dec = decodes(model, x, {"attention/kv_cache"})
     dec.prefill(x[:, :7])
     dec.reorder(torch.tensor([2, 2, 0]))  # rows stay apart: beams are no refusal
     with torch.no_grad():
