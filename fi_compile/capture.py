@@ -168,6 +168,9 @@ def _trace_general(model: nn.Module, example: Tensor, length: int, rows: int | N
         general = _trace(model, example, length, rows, general=True)
     except Exception:
         return program
+    # Where the ordinary trace ends, a table does, or the model cuts its input off.
+    ends = [p.lengths.maximum for p in (program, general) if p.lengths.maximum is not None]
+    general = replace(general, lengths=replace(general.lengths, maximum=min(ends, default=None)))
     ours, theirs = (p.lengths.mask(_MOST_CALLED) for p in (program, general))
     if (ours & ~theirs).any() or not (theirs & ~ours).any():
         return program

@@ -150,7 +150,8 @@ class Door:
         capacity = engine.capacity_for(length + 1)
         state = self.report.state_bytes * batch * capacity // max(self.report.capacity, 1)
         forms = [f for f, axis in zip(self.roles.tensors, self.axes, strict=True) if axis is not None]
-        return state + sum(f.bytes_at(batch, length) for f in forms)
+        sequence = engine.program.example[:1, :1].nbytes * batch * capacity
+        return state + sequence + sum(f.bytes_at(batch, length) for f in forms)
 
     # -- calls ---------------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
-from torch.export import _unlift as unlift
 from torch.fx.experimental import _config as symbolic_config
 
 from .weights import is_flag
@@ -110,13 +109,7 @@ def _traceable_helpers() -> Iterator[None]:
         if helper is not None:
             helpers[id(helper)] = stand_in
     refs = sys.modules.get("torch._refs.fft")
-    replaced: list[tuple[Any, str, Any, Any]] = []
-    if refs is not None:
-        replaced.append((refs, "math", math, _SYMBOLIC_MATH))  # norm="ortho"
-    # Else each guard is asked once more, as code, when the graph is decomposed: half the time of a trace.
-    asks = getattr(unlift, "_ok_to_generate_guards_fn", None)
-    if asks is not None:
-        replaced.append((unlift, "_ok_to_generate_guards_fn", asks, lambda: False))
+    replaced = [(refs, "math", math, _SYMBOLIC_MATH)] if refs is not None else []  # norm="ortho"
     for module in list(sys.modules.values()) if helpers else ():
         attributes = list(vars(module).items()) if isinstance(module, types.ModuleType) else []
         replaced += [(module, k, v, helpers[id(v)]) for k, v in attributes if id(v) in helpers]

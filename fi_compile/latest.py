@@ -38,9 +38,15 @@ def with_latest_delayed(program: Program) -> Program:
         return program
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
+    resized: set[fx.Node] = set()  # at lengths of fewer positions there were as many rows
     for node in program.graph.nodes:
         new = _delayed(graph, node, found[node], copied) if node in found else None
         copied[node] = new or graph.node_copy(node, copied.__getitem__)
+        if new is None and node.op == "call_function" and not resized.isdisjoint(node.all_input_nodes):
+            _measure(copied[node], program.sequence.meta["val"].fake_mode)
+            resized.add(node)
+        elif new is not None:
+            resized.add(node)
     graph.eliminate_dead_code()
     graph.lint()
     fewest = max(program.lengths.fewest, *(delays[0] + 1 for delays in found.values()))
@@ -80,9 +86,7 @@ def _delayed(graph: fx.Graph, node: fx.Node, delays: range, copied: dict[fx.Node
     def call(target: Any, *args: Any) -> fx.Node:
         made = graph.call_function(target, args)
         made.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        values = fx.map_arg(args, lambda a: a.meta["val"])
-        with node.meta["val"].fake_mode, enable_python_dispatcher():
-            made.meta["val"] = target(*values)
+        _measure(made, node.meta["val"].fake_mode)
         return made
 
     length = call(aten.sym_size.int, source, dim)
@@ -96,3 +100,10 @@ def _delayed(graph: fx.Graph, node: fx.Node, delays: range, copied: dict[fx.Node
             )
         rows.append(call(aten.slice.Tensor, value, dim, -1, 2**63 - 1))
     return call(aten.cat.default, rows, dim)
+
+
+def _measure(node: fx.Node, mode: Any) -> None:
+    """Note the shape of what a call returns."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
+    with mode, enable_python_dispatcher():
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]

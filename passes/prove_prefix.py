@@ -341,7 +341,14 @@ class Walker:
             product: Quantity = 1
             for axis in dim:
                 product = tidy(np.multiply(product, axis.size))
-            if not same(product, tidy(self.evaluate(as_expr(size)))):
+            traced = tidy(self.evaluate(as_expr(size)))
+            if not same(product, traced):
+                if _ends(np.subtract(product, traced)) and same(_longest(product), _longest(traced)):
+                    raise Deny(
+                        "moving",
+                        f"{node.name} holds {_longest(traced)} positions that move on, and fewer in short sequences",
+                        "return all positions, or up to the last 32",
+                    )
                 raise Deny("internal", f"the rule for {node.name} gives another size than the trace")
         fact = self._held(node, value, fact, call)
         if node not in self.data:
@@ -477,7 +484,7 @@ def _number(value: np.ndarray) -> Any:
 
 def _not_certified(fact: Fact) -> Deny:
     """Why an output that has a fact is no certified one."""
-    held = [a.size for a in fact.axes if not a.fixed and constant(a.size)]
+    held = [_longest(a.size) for a in fact.axes if not a.fixed and _ends(a.size)]
     if held:
         return Deny(
             "moving",
@@ -485,6 +492,15 @@ def _not_certified(fact: Fact) -> Deny:
             "return all positions, or up to the last 32",
         )
     return Deny("unproved", f"the output is not certified: {_describe(fact, True)}")
+
+
+def _ends(size: Quantity) -> bool:
+    """Whether a size is one number, from some length on."""
+    return constant(size) or bool((size[size.size // 2 :] == size.flat[-1]).all())
+
+
+def _longest(size: Quantity) -> Any:
+    return size if constant(size) else size.flat[-1]
 
 
 def _picks(node: fx.Node) -> bool:
