@@ -495,12 +495,13 @@ def _not_certified(fact: Fact) -> Deny:
 
 
 def _ends(size: Quantity) -> bool:
-    """Whether a size is one number, from some length on."""
-    return constant(size) or bool((size[size.size // 2 :] == size.flat[-1]).all())
+    """Whether a size is one number at the longest quarter of lengths."""
+    values = np.atleast_2d(np.asarray(size))
+    return bool((values[:, values.shape[1] * 3 // 4 :] == values[-1, -1]).all())
 
 
 def _longest(size: Quantity) -> Any:
-    return size if constant(size) else size.flat[-1]
+    return np.asarray(size).reshape(-1)[-1]
 
 
 def _picks(node: fx.Node) -> bool:
