@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .program import Kind, Program, as_expr, is_integer, is_tensor, operator_name, sizes
+from .program import Kind, Program, as_expr, given_arguments, is_integer, is_tensor, operator_name, sizes
 from .symbolic import evaluate_at
 
 _BATCHES = (3, 5)
@@ -157,7 +157,7 @@ def _arguments(node: fx.Node) -> list[Any]:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return [*node.args, *node.kwargs.values()]
-    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    given = given_arguments(node)
     return [given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments]
 
 

@@ -15,10 +15,9 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
-from torch._dispatch.python import enable_python_dispatcher
 
 from .compare import same_function
-from .program import Program, as_expr, is_integer, is_tensor, operator_name, sizes
+from .program import Program, add_call, as_expr, given_arguments, is_integer, is_tensor, operator_name, sizes
 from .rules.pointwise import UNARY_ANY, UNARY_LINEAR, UNARY_ZERO
 
 aten = torch.ops.aten
@@ -109,12 +108,8 @@ class _Unfolding:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new node in place of the present one, with its value's shape."""
-        made = self.graph.call_function(target, args, kwargs)
-        made.meta = {k: v for k, v in self.node.meta.items() if k != "val"}
-        values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.program.sequence.meta["val"].fake_mode, enable_python_dispatcher():
-            made.meta["val"] = target(*values, **options)
-        return made
+        mode = self.program.sequence.meta["val"].fake_mode
+        return add_call(self.graph, self.node, mode, target, args, kwargs)
 
     def whole(self, node: fx.Node) -> fx.Node:
         """A value as it was, folded."""
@@ -201,7 +196,7 @@ class _Unfolding:
         if name in _ALONG:
             return self.along(node, fold)
         if name in _LAST and dim == 0 and rank > 2 and _first(node).meta["val"].dim() == rank:
-            return self.again(node, {next(iter(_given(node))): self.split(_first(node), fold)}), fold
+            return self.again(node, {next(iter(given_arguments(node))): self.split(_first(node), fold)}), fold
         return None
 
     def fold(self, node: fx.Node, dim: int, heads: int) -> Fold | None:
@@ -235,7 +230,7 @@ class _Unfolding:
     def repeated(self, node: fx.Node, dim: int, heads: int) -> tuple[fx.Node, Fold] | None:
         """Rows of the batch, each once for every head: side by side, or the whole batch again and again."""
         source = _first(node)
-        given, batch = _given(node), self.program.batch
+        given, batch = given_arguments(node), self.program.batch
         if source.meta["val"].dim() != node.meta["val"].dim() or sizes(source)[dim] != batch:
             return None
         if any(a != b for d, (a, b) in enumerate(zip(sizes(source), sizes(node), strict=True)) if d != dim):
@@ -273,7 +268,7 @@ class _Unfolding:
         return self.call(aten.permute.default, value, wide), replace(fold, dim=to)
 
     def product(self, node: fx.Node, name: str, rank: int, fold: Fold) -> fx.Node:
-        given = _given(node)
+        given = given_arguments(node)
         if name == "scaled_dot_product_attention":
             new = {k: self.operand(v, rank, fold) for k, v in given.items() if is_tensor(v)}
             return self.again(node, new)
@@ -295,7 +290,7 @@ class _Unfolding:
         return self.call(aten.add.Tensor, added, total)
 
     def einsum(self, node: fx.Node, fold: Fold) -> tuple[fx.Node, Fold] | None:
-        given = _given(node)
+        given = given_arguments(node)
         equation, operands = str(given["equation"]).replace(" ", ""), list(given["tensors"])
         left, arrow, out = equation.partition("->")
         if not arrow or "." in equation:
@@ -313,7 +308,7 @@ class _Unfolding:
 
     def along(self, node: fx.Node, fold: Fold) -> tuple[fx.Node, Fold] | None:
         """An operator along one dimension, or some, that are not the folded one."""
-        given = _given(node)
+        given = given_arguments(node)
         key = next((k for k in ("dim", "dims") if k in given), None)
         if key is None and operator_name(node.target) not in ("slice", "cat", "stack"):
             return None
@@ -345,7 +340,7 @@ class _Unfolding:
 
     def again(self, node: fx.Node, new: Mapping[str, Any]) -> fx.Node:
         """The same operator with some arguments replaced, by name."""
-        given = fx.map_arg({k: v for k, v in _given(node).items() if k not in new}, self.whole)
+        given = fx.map_arg({k: v for k, v in given_arguments(node).items() if k not in new}, self.whole)
         merged = {**given, **new}
         schema = node.target._schema  # type: ignore[union-attr]
         args = [merged[a.name] for a in schema.arguments if not a.kwarg_only and a.name in merged]
@@ -368,9 +363,3 @@ def _same(a: Any, b: Any) -> bool:
 def _first(node: fx.Node) -> fx.Node:
     first: Any = node.args[0]
     return first[0] if isinstance(first, (list, tuple)) else first
-
-
-def _given(node: fx.Node) -> dict[str, Any]:
-    """Arguments by the operator's own names."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}

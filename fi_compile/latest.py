@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dispatch.python import enable_python_dispatcher
 
 from .compare import same_function
 from .passes.propose_consistency import axes_of
 from .pieces import cut_of
-from .program import Program, operator_name, sizes
+from .program import Program, add_call, measure, operator_name, sizes
 
 aten = torch.ops.aten
 _MOST = 32  # positions; each has a ring of its own
@@ -43,7 +42,7 @@ def with_latest_delayed(program: Program) -> Program:
         new = _delayed(graph, node, found[node], copied) if node in found else None
         copied[node] = new or graph.node_copy(node, copied.__getitem__)
         if new is None and node.op == "call_function" and not resized.isdisjoint(node.all_input_nodes):
-            _measure(copied[node], program.sequence.meta["val"].fake_mode)
+            measure(copied[node], program.sequence.meta["val"].fake_mode)
             resized.add(node)
         elif new is not None:
             resized.add(node)
@@ -84,10 +83,7 @@ def _delayed(graph: fx.Graph, node: fx.Node, delays: range, copied: dict[fx.Node
     rank = source.meta["val"].dim()
 
     def call(target: Any, *args: Any) -> fx.Node:
-        made = graph.call_function(target, args)
-        made.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        _measure(made, node.meta["val"].fake_mode)
-        return made
+        return add_call(graph, node, node.meta["val"].fake_mode, target, args)
 
     length = call(aten.sym_size.int, source, dim)
     rows = []
@@ -100,10 +96,3 @@ def _delayed(graph: fx.Graph, node: fx.Node, delays: range, copied: dict[fx.Node
             )
         rows.append(call(aten.slice.Tensor, value, dim, -1, 2**63 - 1))
     return call(aten.cat.default, rows, dim)
-
-
-def _measure(node: fx.Node, mode: Any) -> None:
-    """Note the shape of what a call returns."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
-    with mode, enable_python_dispatcher():
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,9 +108,8 @@ class CompiledStep:
         """Compile each part, and see that it computes what its graph does."""
         with torch.inference_mode(False), torch.no_grad():
             inputs = self._inputs_of_parts(example)
-            parts = list(enumerate(self.layers.parts))
             with only_own_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-                self.runs = list(pool.map(lambda entry: _compiled(entry[1], inputs[entry[0]], how), parts))
+                self.runs = list(pool.map(partial(_compiled, how=how), self.layers.parts, inputs))
             wrong = self._wrong_parts(example)
             for i in wrong:
                 self.runs[i] = _uncompiled(self.layers.parts[i])
@@ -135,6 +135,7 @@ class CompiledStep:
             return False
         with torch.inference_mode(False), torch.no_grad():
             ours, theirs = self._trial(example), self._trial(example)
+            tolerance = _tolerance(self.graph_module)
             try:
                 run = bind_linked(self.layers, self.runs, ours)
                 for position in self._positions():
@@ -142,7 +143,7 @@ class CompiledStep:
                         self._go_to(state, position)
                     pairs = [*zip(run(), self.graph_module(*theirs), strict=True)]
                     pairs += [(theirs[place], ours[place]) for place in _written(self.graph_module)]
-                    if not all(_agree(a, b, _tolerance(self.graph_module)) for a, b in pairs):
+                    if not all(_agree(a, b, tolerance) for a, b in pairs):
                         raise RuntimeError("it disagrees with the step's graph")
             except RuntimeError as error:
                 log.warning("the parts of the step are called one by one: %s", error)

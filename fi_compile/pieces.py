@@ -11,9 +11,8 @@ from typing import Any
 
 import sympy
 from torch import Tensor, fx, nn
-from torch._dispatch.python import enable_python_dispatcher
 
-from .program import Program, as_expr, is_getitem, is_tensor, operator_name, sizes
+from .program import Program, add_call, as_expr, is_getitem, is_tensor, operator_name, sizes
 
 _TRANSFORMS = frozenset({"fft_rfft", "fft_fft", "fft_irfft", "fft_ifft"})
 _BY_ENTRY = frozenset({"clone", "contiguous", "to", "_to_copy", "neg", "mul", "div", "_conj"})
@@ -61,12 +60,7 @@ def _apply(graph: fx.Graph, cut: Cut, copied: dict[fx.Node, fx.Node]) -> fx.Node
         args, kwargs = fx.map_arg(
             (node.args, node.kwargs), lambda a, c=carrier, v=value: v if a is c else copied[a]
         )
-        made = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-        made.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        values, options = fx.map_arg((args, kwargs), lambda a: a.meta["val"])
-        with node.meta["val"].fake_mode, enable_python_dispatcher():  # for symbolic transform lengths
-            made.meta["val"] = node.target(*values, **options)  # type: ignore[operator]
-        value = made
+        value = add_call(graph, node, node.meta["val"].fake_mode, node.target, args, kwargs)  # type: ignore[arg-type]
     return value
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from .symbolic import evaluate_at
@@ -308,6 +309,34 @@ def operator_name(target: Callable[..., Any] | str) -> str:
         return getattr(target, "__name__", str(target))
     library, _, name = packet._qualified_op_name.partition("::")
     return name if library == "aten" else packet._qualified_op_name
+
+
+def given_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments that a call was given, by the operator's own names."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def add_call(
+    graph: fx.Graph,
+    origin: fx.Node,
+    mode: Any,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+) -> fx.Node:
+    """A new call at the end of a graph, in place of ``origin``; ``mode``: the program's fake tensor mode."""
+    made = graph.call_function(target, args, dict(kwargs or {}))
+    made.meta = {k: v for k, v in origin.meta.items() if k != "val"}
+    measure(made, mode)
+    return made
+
+
+def measure(node: fx.Node, mode: Any) -> None:
+    """Note what a call returns, without contents, for arguments of which that is known."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with mode, enable_python_dispatcher():  # for symbolic transform lengths
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def data_arguments(node: fx.Node) -> list[fx.Node]:

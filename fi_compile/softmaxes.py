@@ -15,13 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._dispatch.python import enable_python_dispatcher
 
 from .compare import same_function
 from .facts import is_number
 from .passes.propose_consistency import Axes, agrees, axes_of, sample_lengths
 from .pieces import cut_of
-from .program import Kind, Program, as_expr, is_getitem, is_tensor, needed, operator_name, sizes
+from .program import (
+    Kind,
+    Program,
+    add_call,
+    as_expr,
+    given_arguments,
+    is_getitem,
+    is_tensor,
+    needed,
+    operator_name,
+    sizes,
+)
 from .rules.triangles import VERY_LOW
 from .twin import twin_values, widen, widen_call
 
@@ -84,7 +94,7 @@ class _Baring:
             return self.without_columns(node)
         if name in _SOFTMAXES and _last(node, 1):
             key: Any = 0
-        elif name == "scaled_dot_product_attention" and is_tensor(_given(node).get("attn_mask")):
+        elif name == "scaled_dot_product_attention" and is_tensor(given_arguments(node).get("attn_mask")):
             key = 3 if len(node.args) > 3 else "attn_mask"
         else:
             return None
@@ -97,12 +107,8 @@ class _Baring:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new node in place of the present one."""
-        made = self.graph.call_function(target, args, kwargs)
-        made.meta = {k: v for k, v in self.node.meta.items() if k != "val"}
-        values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.program.sequence.meta["val"].fake_mode, enable_python_dispatcher():
-            made.meta["val"] = target(*values, **options)
-        return made
+        mode = self.program.sequence.meta["val"].fake_mode
+        return add_call(self.graph, self.node, mode, target, args, kwargs)
 
     # -- scores --------------------------------------------------------------------------------------------
 
@@ -110,7 +116,7 @@ class _Baring:
         """Scores in the new graph that differ by a number for each query, where that makes them simpler."""
         name = operator_name(node.target) if node.op == "call_function" else ""
         followed: list[Any] = self.followed(node, name)
-        if name in ("add", "sub") and _given(node).get("alpha", 1) == 1:
+        if name in ("add", "sub") and given_arguments(node).get("alpha", 1) == 1:
             a, b = node.args[:2]
             if name == "sub" and is_tensor(a) and _is_largest(b) and sizes(a) == sizes(node):  # type: ignore[arg-type]
                 return self.bare(a)  # type: ignore[arg-type]
@@ -274,11 +280,6 @@ def _behind(node: fx.Node) -> set[fx.Node]:
     return {node, *(n for n in needed(list(node.graph.nodes), [node]))}
 
 
-def _given(node: fx.Node) -> dict[str, Any]:
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
 def _last(node: fx.Node, place: int) -> bool:
     """Whether an operator works along the last dimension."""
     dim: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
@@ -303,7 +304,7 @@ def _is_largest(value: Any) -> bool:
         if value.args[1] != 0:
             return False
         source = value.args[0]
-    given = _given(source) if source.op == "call_function" and not is_getitem(source) else {}
+    given = given_arguments(source) if source.op == "call_function" and not is_getitem(source) else {}
     if operator_name(source.target) not in ("amax", "max") or "dim" not in given or not given.get("keepdim"):
         return False
     dims = given["dim"] if isinstance(given["dim"], (list, tuple)) else [given["dim"]]

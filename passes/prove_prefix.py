@@ -343,7 +343,7 @@ class Walker:
                 product = tidy(np.multiply(product, axis.size))
             traced = tidy(self.evaluate(as_expr(size)))
             if not same(product, traced):
-                if _ends(np.subtract(product, traced)) and same(_longest(product), _longest(traced)):
+                if _ends(product) and _ends(traced) and _longest(product) == _longest(traced):
                     raise Deny(
                         "moving",
                         f"{node.name} holds {_longest(traced)} positions that move on, and fewer in short sequences",

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fi_compile.program import Program, operator_name
+from fi_compile.program import Program, add_call, given_arguments, operator_name
 
 WHOLE = "whole"  # of a node's meta: the keyword arguments that give the same value of whole sequences
 _CAUSAL = {"attn_mask": None, "is_causal": True}
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def with_masks(program: Program) -> Program:
@@ -35,7 +34,7 @@ def with_masks(program: Program) -> Program:
         mask = _mask(graph, node, copied) if _is_causal(node) else None
         new = copied[node] = graph.node_copy(node, copied.__getitem__)
         if mask is not None:
-            new.args, new.kwargs = (), {**_given(new), "attn_mask": mask, "is_causal": False}
+            new.args, new.kwargs = (), {**given_arguments(new), "attn_mask": mask, "is_causal": False}
             new.meta = {**node.meta, WHOLE: _CAUSAL}
     graph.lint()
     return replace(program, module=fx.GraphModule(nn.Module(), graph))
@@ -44,27 +43,18 @@ def with_masks(program: Program) -> Program:
 def _is_causal(node: fx.Node) -> bool:
     if operator_name(node.target) != "scaled_dot_product_attention":
         return False
-    given = _given(node)
+    given = given_arguments(node)
     return given.get("is_causal") is True and given.get("attn_mask") is None
-
-
-def _given(node: fx.Node) -> dict[str, Any]:
-    return {**dict(zip(_NAMES, node.args, strict=False)), **node.kwargs}
 
 
 def _mask(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
     """Key ≤ query, bool [L, S]."""
     aten = torch.ops.aten
-    query, key = (copied[_given(node)[name]] for name in ("query", "key"))
+    query, key = (copied[given_arguments(node)[name]] for name in ("query", "key"))
     fake = node.meta["val"].fake_mode
 
     def call(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        made = graph.call_function(target, args, kwargs)
-        values, options = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        made.meta = {k: v for k, v in node.meta.items() if k != "val"}
-        with fake:
-            made.meta["val"] = target(*values, **options)
-        return made
+        return add_call(graph, node, fake, target, args, kwargs)
 
     def positions(of: fx.Node) -> fx.Node:
         value = of.meta["val"]
