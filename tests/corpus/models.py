@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -147,6 +148,7 @@ def logits_of(output: object) -> Tensor:
     return output
 
 
+@cache
 def register_output() -> None:
-    """Make `Output` known to pytrees, which export needs."""
+    """Make `Output` known to pytrees, once: export needs it, and torch warns of a second time."""
     torch.export.register_dataclass(Output)
