@@ -16,6 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -136,13 +137,20 @@ def _called(entry: Any, outputs: Sequence[Tensor]) -> Callable[[list[Any]], Sequ
     return run
 
 
+@cache
+def _written_by() -> str:
+    """A digest of what writes a part's source, beside TorchInductor."""
+    files = (Path(__file__).with_name(name) for name in ("pointers.py", "skinny_gemm.h"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def _key(part: fx.GraphModule) -> str:
     """All that the library depends on: the graph with its shapes and strides, torch, the machine, the options."""
     forms = [(node.name, str(node.target), tensor_form(node)) for node in part.graph.nodes]
     made_by = (
         torch.__version__,
         version("flashinf"),
-        ENTRY,
+        _written_by(),
         sorted((INDUCTOR | _UNTRIED).items()),
         torch.get_num_threads(),
     )

@@ -35,6 +35,11 @@ _MOST_ON_STACK = 1 << 17  # bytes, of all buffers on the stack
 _PRODUCTS = {"mm": (2, 0), "bmm": (2, 0), "addmm": (3, 2), "baddbmm": (3, 2)}
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
+# Products of so few rows that to read the weight is most of their cost are ours.
+_SKINNY = Path(__file__).with_name("skinny_gemm.h").read_text()
+_SKINNY_TYPES = {torch.float32: "float", torch.float64: "double"}
+_MOST_ROWS = 32
+
 
 def _declarations() -> str:
     lines = [f"int32_t aoti_torch_dtype_{dtype}();" for dtype in _DTYPES]
@@ -45,8 +50,7 @@ def _declarations() -> str:
 
 
 _HEADER = f"""
-#include <cstdint>
-#include <cstring>
+{_SKINNY}
 #include <initializer_list>
 #include <memory>
 #include <new>
@@ -228,12 +232,55 @@ class _Wrapper(CppWrapperCpu):
         tensors, factors = _PRODUCTS.get(name, (0, 0))
         if not tensors or len(node.inputs) != tensors or node.output_view is not None:
             raise NotImplementedError("an operator called by name")
+        skinny = _skinny(name, node)
+        if skinny is not None:
+            self.writeline(skinny)
+            return
         numbers = [repr(float(node.get_kwargs_value(key))) for key in ("beta", "alpha")[:factors]]
         args = [f"{_matrix(value)}.tensor" for value in (node, *node.inputs)]
         self.writeline(f"check(aoti_torch_cpu_{name}_out({', '.join(args + numbers)}));")
 
     def generate_fallback_kernel(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError("an operator called by name")
+
+
+def _skinny(name: str, node: Any) -> str | None:
+    """The call of ``skinny_gemm`` for x · weightᵀ (+ bias) where x has few rows; None for every other product."""
+    *bias, x, weight = node.inputs
+    kind = _SKINNY_TYPES.get(node.get_dtype())
+    if (
+        name not in ("mm", "addmm")
+        or kind is None
+        or any(v.get_dtype() != node.get_dtype() for v in node.inputs)
+    ):
+        return None
+    if bias and any(node.get_kwargs_value(key) != 1 for key in ("beta", "alpha")):
+        return None
+    (m, k), (_, n) = ([_number(size) for size in v.get_size()] for v in (x, weight))
+    x_row, x_entry = _strides(x)
+    weight_entry, weight_row = _strides(weight)
+    out_row, out_entry = _strides(node)
+    along_k = k == 1 or x_entry == weight_entry == 1
+    if not (1 <= m <= _MOST_ROWS and n and k and along_k and (n == 1 or out_entry == 1)):
+        return None
+    if any([_number(size) for size in b.get_size()][-1:] != [n] or _strides(b)[-1] != 1 for b in bias):
+        return None
+    if any(len(b.get_size()) > 1 and _strides(b)[0] for b in bias):
+        return None  # not the same for all rows
+
+    def at(value: Any) -> str:
+        return f"({kind}*)({value.codegen_reference()})"
+
+    added = at(bias[0]) if bias else "nullptr"
+    sizes = f"{out_row}, {n}, {k}, {torch.get_num_threads()}"
+    return (
+        f"skinny_gemm<{kind}, {m}>("
+        f"{at(x)}, {x_row}, {at(weight)}, {weight_row}, {added}, {at(node)}, {sizes});"
+    )
+
+
+def _strides(value: Any) -> list[int]:
+    return [_number(stride) for stride in value.get_stride()]
 
 
 def _matrix(value: Any) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from decoding import gap
-from fi_compile import extension, native
+from fi_compile import extension, native, pointers
 from fi_compile.layers import whole
 from fi_compile.lower import only_own_warnings
 from fi_compile.native import compile_native
@@ -25,9 +25,9 @@ def _quiet(without_gradients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def part_of(function: Callable[..., list[Tensor]], example: list[Tensor]) -> fx.GraphModule:
-    """The part with its inputs in the order of ``example``, as they are used."""
+    """The function as a part; ``example`` is put in the order of the part's inputs, in which they are used."""
     layers = whole(make_fx(function, tracing_mode="fake")(*example).graph)
-    assert layers.calls[0].inputs == tuple(range(len(example)))
+    example[:] = [example[i] for i in layers.calls[0].inputs]
     return layers.parts[0]
 
 
@@ -68,6 +68,72 @@ def test_it_computes_what_the_graph_does(dtype):
         assert gap(ours[3], theirs[3]) < 1e-4
         ours[3].normal_(generator=torch.Generator().manual_seed(1))
         theirs[3].copy_(ours[3])
+
+
+# rows, outputs and terms of products: about the rows taken at once, a vector, the rows of a tile; one for two threads
+SKINNY = (
+    (4, 9, 16),
+    (2, 1, 15),
+    (3, 8, 2),
+    (5, 17, 33),
+    (8, 7, 64),
+    (11, 5, 40),
+    (32, 260, 130),
+)  # the last by threads
+
+
+@pytest.mark.parametrize(
+    ("dtype", "threads"), [(torch.float32, 2), pytest.param(torch.float64, 1, marks=pytest.mark.slow)]
+)
+def test_products_of_few_rows(dtype, threads):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    def products(*tensors: Tensor) -> list[Tensor]:
+        triples = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
+        sums = [torch.addmm(b, x, w.t()) for b, x, w in triples]
+        x, weight = tensors[-2:]
+        of_parts = torch.mm(x[:, 3:90], weight[5:, 7:94].t())  # rows further apart than they are long
+        plain = torch.mm(x, weight.t())
+        return [*sums, of_parts, plain]
+
+    example = [t for m, n, k in SKINNY for t in (random(n), random(m, k), random(n, k))]
+    example[-2][0, 0] = torch.inf
+    part, before = part_of(products, example), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with native.generating(native.INDUCTOR):
+            source = pointers.generate_source(part, example)
+        run = compile_native(part, example)
+    finally:
+        torch.set_num_threads(before)
+    *_, called = source.split(f" {native.ENTRY}(")
+    assert called.count("skinny_gemm<") == len(SKINNY) + 2
+    for found, expected in zip(run(example), part(*(t.double() for t in example)), strict=True):
+        torch.testing.assert_close(found, expected.to(dtype), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: torch.mm(x, w.t()),  # of many rows
+        lambda x, w: torch.mm(x[:8, :24], w),  # along the other axis of the weight
+        lambda x, w: torch.mm(x[:, :8].t(), w.t()),  # whose terms lie apart
+        lambda x, w: torch.addmm(x[:8, :24], x[:8], w.t()),  # and something else for each row
+        lambda x, w: torch.addmm(x[0, :24], x[:8], w.t(), alpha=2.0),
+        lambda x, w: torch.mm(x[:8].bfloat16(), w.bfloat16().t()),
+    ],
+)
+def test_other_products_are_torchs(product):
+    example = [torch.randn(40, 40), torch.randn(24, 40)]
+    with native.generating(native.INDUCTOR):
+        part = part_of(lambda x, w: [product(x, w)], example)
+        source = pointers.generate_source(part, example)
+    *_, called = source.split(f" {native.ENTRY}(")
+    assert "skinny_gemm<" not in called
+    assert "aoti_torch_cpu_" in called
 
 
 @pytest.mark.parametrize(
