@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
 
+from .spelled_out import spell_out
 from .weights import is_flag
 
 
@@ -71,7 +72,10 @@ def _exported(model: nn.Module, example: Tensor, dims: Mapping[int, Any]) -> Exp
     with torch.no_grad(), _traceable_helpers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = export(model, (example,), dynamic_shapes=(dims,), strict=False)
-        return exported.run_decompositions(_decompositions())
+        decompositions = _decompositions()
+        if spell_out(exported, decompositions):
+            return exported
+        return exported.run_decompositions(decompositions)
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
