@@ -48,7 +48,7 @@ def describe(engine: Engine) -> Report:
             *(f"{s.node!r}: {s.condition}" for s in engine.proof.steps if s.rule == "numerically bounded"),
             *(
                 f"{unit.exit.name!r} recomputes all rows every step: "
-                + engine.declined.get(unit.exit.name, "no better increment is known for it")
+                + engine.settled.declined.get(unit.exit.name, "no better increment is known for it")
                 for unit in engine.plan.regions
             ),
         ),
@@ -83,7 +83,7 @@ def _mixer(engine: Engine, unit: Unit) -> MixerReport:
         mixer.layout_out.count,
         None if mixer.kind == "scan" else mixer.support,
         mixer.depends_on,
-        engine.verdicts[mixer.name],
+        engine.settled.verdicts[mixer.name],
         mixer.lowering,
         (_COSTS["tiles"].replace("L", "M") if mixer.ends else _COSTS["tiles"])
         if window is None

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,15 +22,9 @@ from .errors import CapacityError, InputError, Refusal, Unsupported
 from .falsify import check_finite, check_step, rows_apart
 from .lane import Lane
 from .lower import CompiledStep
-from .mixers.chunked_attention import recognise_linear
-from .mixers.convolution import LONGEST_WINDOW, Convolution, FilterGrew, classify, recognise, verify
-from .mixers.folds import Fold, recognise_fold
+from .mixers.convolution import LONGEST_WINDOW, Convolution, FilterGrew, verify
 from .mixers.increments import Mixer
-from .mixers.linear_attention import LinearAttention
-from .mixers.products import Product, recognise_product
-from .mixers.recurrence import as_recurrence, with_modes
-from .mixers.registered import Registered, disagreement, recognise_registered
-from .mixers.sliding_attention import SlidingAttention, recognise_sliding
+from .mixers.recurrence import with_modes
 from .mixers.stack import state_dtype
 from .mixers.tiles import choose_kernels
 from .options import Options
@@ -46,6 +40,7 @@ from .proof import Proof, Step
 from .reach import certified_reach, check_limit, exact_up_to, furthest
 from .report import Report, Snapshot
 from .rewritten import rewritten
+from .settle import Settled, is_affine
 from .step import StepProgram
 from .text import program_text
 from .twin import twin_values
@@ -102,11 +97,10 @@ class Engine:
                 self.verdict = "numerically bounded"
             if not self._all_certified():
                 self._end_with_certificate(lambda n: self._prove(n, bounded))
-        self.verdicts: dict[str, str] = {}
-        self.declined: dict[str, str] = {}  # units of a known kind that run as regions, and why
-        self._filters: dict[tuple[str, int], Any] = {}
         self._check_outputs()
         self.analysis = self.analysis.restricted(self.proof.proved)
+        self.settled = Settled(self.proof, self.double_values, self.capacity, self.dtype)
+        self._filters = self.settled.filters
         self.plan: Plan = self._timed("analyse", self._plan, program=self.program, rewrites=0)
         tiling = Tiling(4, 2, True) if self.options.latency == "bounded" else Tiling(5)
         check_step(self.analysis, self.plan, tiling)
@@ -137,16 +131,16 @@ class Engine:
         proof = self.proof
         return plan_demands(
             self.analysis,
-            self._recognise,
+            self.settled.convolution,
             lambda node: proof.row_local(node) or proof.newest(node),
             lambda unit: self._certify(unit, self.capacity, self.analysis.parameters),
-            self._recognise_group,
-            self._recognise_operator,
+            self.settled.group,
+            self.settled.operator,
             proof.by_entry,
         )
 
     def _certify(self, unit: Unit, capacity: int, values: Mapping[str, Tensor]) -> bool:
-        return certify_reads(self.analysis, unit, capacity, values, self._is_affine)
+        return certify_reads(self.analysis, unit, capacity, values, partial(is_affine, self.proof))
 
     def _still_holds(self, capacity: int) -> bool:
         """Whether what was settled by asking the units holds for the present weights up to a capacity."""
@@ -199,109 +193,10 @@ class Engine:
             )
             raise Unsupported(*(self.proof.refusals or [unproved]))
 
-    def _recognise(
-        self, analysis: Consistency, unit: Unit, inputs: Sequence[fx.Node]
-    ) -> Convolution | Product | None:
-        if len(inputs) == 2:
-            return self._recognise_product(analysis, unit, inputs)
-        (x,) = inputs
-        found = recognise(analysis, unit, x, self.capacity)
-        if found is None:
-            return None
-        try:
-            return self._settle(analysis, found)
-        except FilterGrew:
-            self.declined[unit.exit.name] = (
-                f"{len(found.source)} filters of {self.capacity} lags mix its channels: too many to keep"
-            )
-            return None
-
-    def _recognise_product(
-        self, analysis: Consistency, unit: Unit, inputs: Sequence[fx.Node]
-    ) -> Product | None:
-        found = recognise_product(analysis, unit, inputs, self._is_affine)
-        if found is None or not self._holds_for_all(found):
-            return None
-        self.verdicts[found.name] = (
-            "proved causal and bilinear; equals the convolution on random input over the whole capacity"
-        )
-        return found
-
-    def _holds_for_all(self, mixer: LinearAttention | SlidingAttention | Product) -> bool:
-        """Whether a mixer holds for the present weights and for moved ones."""
-        both = (self.analysis.parameters, self.double_values)
-        return all(mixer.holds(self.proof, values, self.capacity) for values in both)
-
-    def _settle(self, analysis: Consistency, found: Convolution) -> Convolution | None:
-        """The increment of a convolution, or None where the proof and the unit itself do not bear it out."""
-        unit, x = found.unit, found.x
-        if self.proof.shift_invariant(unit.exit, {x}):
-            found = replace(
-                found,
-                invariant=True,
-                homogeneous=self.proof.homogeneous(unit.exit, {x}),
-                bound=bound_lags(self.proof, unit, x, LONGEST_WINDOW),
-            )
-            how = "proved a causal convolution at every length"
-            true = verify(found, analysis.parameters, analysis.longest)
-        elif self._is_affine(unit, x):
-            how = "proved causal and linear; equals its filter on random input over the whole capacity"
-            true = verify(found, analysis.parameters, self.capacity)
-        else:
-            return None
-        if not true:
-            return None
-        derived = found.derive(self.double_values, self.capacity)
-        # Which channels meet was read off a few lags; a filter may be zero there.
-        if not verify(found, self.double_values, self.capacity, derived):
-            return None
-        chosen = classify(found, derived.kernel, self.dtype)
-        try:  # weights that happen to be zero must not decide the kind: moved ones are asked too
-            chosen.derive(analysis.parameters, analysis.longest if chosen.at is None else self.capacity)
-        except FilterGrew:
-            chosen = classify(found, found.derive(analysis.parameters, self.capacity).kernel, self.dtype)
-        if chosen.lags is not None and chosen.kind == "long_conv" and derived.kernel.shape[1] < self.capacity:
-            raise FilterGrew(found.name)
-        chosen, derived = as_recurrence(chosen, chosen.cut(derived), self.dtype)
-        self._filters[found.name, self.capacity] = derived.rounded(self.dtype)
-        self.verdicts[found.name] = how
-        return chosen
-
-    def _recognise_operator(self, analysis: Consistency, unit: Unit) -> Fold | Registered | None:
-        found = recognise_fold(analysis, unit) or recognise_registered(analysis, unit)
-        if isinstance(found, Registered) and not found.holds(self.proof, self.double_values, self.capacity):
-            raise disagreement(found)
-        if found is not None:
-            self.verdicts[found.name] = found.verdict
-        return found
-
-    def _recognise_group(
-        self, analysis: Consistency, unit: Unit
-    ) -> LinearAttention | SlidingAttention | None:
-        found: LinearAttention | SlidingAttention | None
-        found = recognise_linear(analysis, unit, self.proof, self._is_affine)
-        if found is None or not self._holds_for_all(found):
-            found = recognise_sliding(analysis, unit, self.proof, self.double_values, self.capacity)
-        if found is None or not self._holds_for_all(found):
-            return None
-        self.verdicts[found.name] = found.verdict
-        return found
-
     @cached_property
     def double_values(self) -> dict[str, Tensor]:
         """The program's inputs in double precision."""
         return twin_values(self.program)
-
-    def _is_affine(self, unit: Unit, x: fx.Node) -> bool:
-        """Whether every operator between ``x`` and the unit's exit is certified affine in what comes from x."""
-        reached = {x}
-        for node in unit.nodes:
-            used = reached.intersection(node.all_input_nodes)
-            if used and not self.proof.affine_in(node, used):
-                return False
-            if used:
-                reached.add(node)
-        return unit.exit in reached
 
     def _timed(
         self, name: str, run: Callable[[], Any], *, rewrites: int, program: Program | None = None
