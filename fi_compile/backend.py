@@ -29,6 +29,7 @@ from .doors import (
 )
 from .dynamo import Roles, Static, broken_off, graph_refusal, graph_text, read_roles
 from .errors import InputError, Refusal
+from .extension import places
 from .inputs import Description, describe, exact, undescribed
 from .options import Options, read_options
 from .report import Report, last_report, note_report, refused_text
@@ -157,7 +158,7 @@ class _Artifact:
         self._plain.patience = _EAGER_PROMPTS
         self._text = hashlib.sha256(graph_text(gm, roles).encode()).digest()
         self._own_doors = Doors()  # of a graph that reads no weights
-        self._last: tuple[Any, GraphKey] | None = None
+        self._last: tuple[bytes | None, Any, GraphKey] | None = None
 
     def __call__(self, *args: Any) -> Any:
         roles = self._roles
@@ -179,19 +180,18 @@ class _Artifact:
             self._plain.patience = _EAGER_CALLS
         return door.call(sequence, lambda: self._plain(*args))
 
-    def _on(self, weights: Sequence[Tensor], sequence: Tensor) -> GraphKey:
+    def _on(self, weights: list[Tensor], sequence: Tensor) -> GraphKey:
         """The key of this graph on these weights and sequences of this kind: nearly always that of the last call."""
-        found = (
-            [*map(id, weights)],
-            [*map(Tensor.data_ptr, weights)],
-            [*map(_DTYPE, weights)],
-            (sequence.dtype, sequence.device, sequence.shape[2:]),
-        )
-        last = self._last
-        if last is None or last[0] != found:
-            graph = self._text, self._roles.outputs, self._options
-            last = self._last = found, GraphKey((*graph, *map(tuple, found)))
-        return last[1]
+        kind = sequence.dtype, sequence.device, sequence.shape[2:]
+        seen, last = places(weights), self._last
+        if last is not None and seen is not None and last[:2] == (seen, kind):
+            return last[2]
+        weighed = tuple(map(id, weights)), tuple(map(Tensor.data_ptr, weights)), tuple(map(_DTYPE, weights))
+        key = GraphKey((self._text, self._roles.outputs, self._options, *weighed, kind))
+        if last is not None and last[2] == key:
+            key = last[2]
+        self._last = seen, kind, key
+        return key
 
     def _values(self, args: Sequence[Any], beside: Sequence[Description]) -> tuple[Any, ...]:
         numbers = (exact(args[place].item()) for place in self._roles.numbers)

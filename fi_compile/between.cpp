@@ -8,6 +8,7 @@
 #include <torch/csrc/Export.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -313,6 +314,23 @@ PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
+// places(tensors): a list of ordinary tensors; bytes that are equal for the same tensors at the same places
+PyObject* places(PyObject*, PyObject* tensors) {
+  return guarded([&]() -> PyObject* {
+    if (!PyList_CheckExact(tensors)) throw std::runtime_error("places takes a list");
+    std::vector<std::intptr_t> found;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
+      PyObject* object = PyList_GET_ITEM(tensors, i);
+      const auto& tensor = unpack(object);
+      found.push_back(reinterpret_cast<std::intptr_t>(object));
+      found.push_back(reinterpret_cast<std::intptr_t>(tensor.const_data_ptr()));
+      found.push_back(static_cast<std::intptr_t>(tensor.scalar_type()));
+    }
+    const auto* bytes = reinterpret_cast<const char*>(found.data());
+    return PyBytes_FromStringAndSize(bytes, static_cast<Py_ssize_t>(found.size() * sizeof(std::intptr_t)));
+  });
+}
+
 // place(token, row, sequence, position, ids)
 PyObject* place(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded([&]() -> PyObject* {
@@ -364,6 +382,7 @@ PyObject* probe(PyObject*, PyObject* object) {
 
 PyMethodDef functions[] = {
     {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(unchanged)), METH_FASTCALL, nullptr},
+    {"places", places, METH_O, nullptr},
     {"place", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(place)), METH_FASTCALL, nullptr},
     {"probe", probe, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},

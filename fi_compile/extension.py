@@ -1,7 +1,8 @@
 """The extension ``between.cpp``: built once by the compiler that builds the steps, and kept on disk.
 
-It does nothing that is not written in Python too: :meth:`Layers.bind`, :meth:`WeightWatch.unchanged` and
-:meth:`Decoder.step` are its callers. Without a compiler they take a few times as long, and compute the same.
+It does nothing that is not written in Python too: :meth:`Layers.bind`, :meth:`WeightWatch.unchanged`,
+:meth:`Decoder.step` and the backend are its callers. Without a compiler they take a few times as long, and compute
+the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .kept import cache_directory, keep, known, machine
 
@@ -37,6 +39,18 @@ def between() -> Any | None:
             if not _found:
                 _found.append(_between())
     return _found[0]
+
+
+def places(tensors: list[Tensor]) -> bytes | None:
+    """Equal for the same tensor objects with their data at the same places, in the same dtypes.
+
+    None where that cannot be told quickly: no extension is loaded, or a tensor is of another kind.
+    """
+    extension = _found[0] if _found else None
+    try:
+        return None if extension is None else extension.places(tensors)
+    except RuntimeError:
+        return None
 
 
 def prepare() -> None:

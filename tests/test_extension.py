@@ -116,6 +116,22 @@ def test_tensors_of_a_subclass_are_watched():
     assert not watch.unchanged()
 
 
+def test_places_tell_tensors_and_their_memory_apart():
+    weights = [nn.Parameter(torch.randn(4)), torch.randn(3)[1:], torch.zeros(0)]
+    here = extension.places(weights)
+    assert here is not None
+    weights[0].add_(1)
+    assert extension.places(list(weights)) == here
+    weights[0].data = weights[0].data.clone()
+    moved = extension.places(weights)
+    assert moved != here
+    weights[1].data = weights[1].data.view(torch.int32)
+    assert extension.places(weights) != moved
+    twin = weights[1].view_as(weights[1])
+    assert extension.places([weights[0], twin, weights[2]]) != extension.places(weights)
+    assert extension.places([torch.zeros(2, device="meta")]) is None
+
+
 def test_errors_of_keys_are_raised():
     class Odd:
         def __hash__(self):
