@@ -29,7 +29,7 @@ from .compare import attributes_kept, batches_agree, disagreements
 from .errors import Refusal, Unsupported
 from .exporting import export_module
 from .guards import admitted_lengths, rows_left_out
-from .program import Input, Kind, Lengths, Program
+from .program import Input, Kind, Lengths, Program, is_tensor, sizes, source_of
 
 _MOST_CALLED = 1 << 18  # lengths at which the calls of two traces at one length are compared
 _MOST_PAIRS = 2  # of a number of rows and a length that a layout excludes: so many are traced
@@ -320,8 +320,24 @@ def _read(exported: ExportedProgram, model: nn.Module, example: Tensor, pinned: 
                 hint="compute length-dependent sizes from x.shape[1] with plain integer arithmetic",
             )
         )
+    _refuse_counted(graph, {length, batch})
     lengths = admitted_lengths(guards, length, batch, shape_env.var_to_range[length])
     return Program(module, tuple(inputs), length, batch, lengths, out_spec, values, example.detach(), guards)
+
+
+def _refuse_counted(graph: fx.Graph, known: set[Any]) -> None:
+    """Refuse a tensor with as many entries as something else has nonzero ones: no length says how many."""
+    for node in graph.nodes:
+        if is_tensor(node) and any(getattr(size, "free_symbols", set()) - known for size in sizes(node)):
+            raise Unsupported(
+                Refusal(
+                    "data_dependent",
+                    f"{node.name!r} has a size that is counted from values, not computed from the length",
+                    (node.name,),
+                    source_of(node),
+                    "nonzero(), unique() and boolean indexing count; use arange, torch.where or a mask",
+                )
+            )
 
 
 def _shape_env(exported: ExportedProgram) -> Any:

@@ -12,6 +12,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,8 +20,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
 
+from .program import operator_name
+from .rules.call import RULES
 from .spelled_out import spell_out
 from .weights import is_flag
+
+_LOOPS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # over positions, which a trace would pin
 
 
 def export_module(
@@ -79,7 +84,10 @@ def _exported(model: nn.Module, example: Tensor, dims: Mapping[int, Any]) -> Exp
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Operators whose meaning on one row needs the row's position, spelled out with aranges; selections as such."""
+    """Operators whose meaning on one row needs the row's position, spelled out with aranges; selections as such.
+
+    And operators without a rule that torch itself defines by others, which have: as it defines them.
+    """
 
     def offsets(x: Tensor) -> Tensor:
         rows = torch.arange(x.shape[-2], device=x.device)
@@ -98,7 +106,25 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         return torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), values.reshape(()), x)
 
     aten = torch.ops.aten
-    return {aten.tril.default: tril, aten.triu.default: triu, aten.index_put.default: index_put}
+    return {
+        **_composites(),
+        aten.tril.default: tril,
+        aten.triu.default: triu,
+        aten.index_put.default: index_put,
+    }
+
+
+@cache
+def _composites() -> dict[Any, Callable[..., Any]]:
+    """Operators without a rule that torch composes of others at every size, and what of."""
+    known = {*RULES, *_LOOPS}
+    table = torch.export.default_decompositions().items()
+    return {op: composed for op, composed in table if operator_name(op) not in known and _gives_tensors(op)}
+
+
+def _gives_tensors(op: Any) -> bool:
+    returns = op._schema.returns
+    return bool(returns) and all(str(r.type) in ("Tensor", "List[Tensor]") for r in returns)
 
 
 @contextlib.contextmanager
