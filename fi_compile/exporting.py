@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
 
+from .arithmetic import STAND_INS, integers_kept, logarithms_kept
 from .program import operator_name
 from .rules.call import RULES
 from .spelled_out import spell_out
@@ -39,7 +40,15 @@ def export_module(
     """
     dims = {d: Dim.DYNAMIC for d, dynamic in ((0, dynamic_batch), (1, dynamic_length)) if dynamic}
     with symbolic_config.patch(backed_size_oblivious=general):  # type: ignore[attr-defined]
-        return _exported_as_is_or_frozen(model, example, dims)
+        try:
+            return _exported_as_is_or_frozen(model, example, dims)
+        except Exception as error:
+            if "Constraints violated" not in str(error):
+                raise
+            with integers_kept(model) as says_int:
+                if not says_int:
+                    raise
+                return _exported_as_is_or_frozen(model, example, dims)
 
 
 def _exported_as_is_or_frozen(model: nn.Module, example: Tensor, dims: Mapping[int, Any]) -> ExportedProgram:
@@ -74,7 +83,7 @@ def _freeze_flags(model: nn.Module) -> bool:
 
 
 def _exported(model: nn.Module, example: Tensor, dims: Mapping[int, Any]) -> ExportedProgram:
-    with torch.no_grad(), _traceable_helpers(), warnings.catch_warnings():
+    with torch.no_grad(), _traceable_helpers(), logarithms_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = export(model, (example,), dynamic_shapes=(dims,), strict=False)
         decompositions = _decompositions()
@@ -161,6 +170,7 @@ def _symbolic_math() -> types.SimpleNamespace:
 
 _SYMBOLIC_MATH = _symbolic_math()
 _STAND_INS: tuple[tuple[str, str, Any], ...] = (
+    *STAND_INS,
     ("opt_einsum", "contract", torch.einsum),
     ("scipy.fft", "next_fast_len", lambda target, real=False: target),
     ("scipy.fftpack", "next_fast_len", lambda target: target),

@@ -54,8 +54,9 @@ def test_sizes_counted_from_values():
     with pytest.raises(fi_compile.Unsupported) as refused:
         fi_compile.decoder(Lambda(pairs_by_nonzero), features(2, 24, 4), options=EAGER)
     (refusal,) = refused.value.refusals
-    assert refusal.kind == "data_dependent" and "nonzero" in refusal.hint
-    assert refusal.source is not None and "test_composites" in refusal.source
+    assert refusal.kind == "data_dependent"
+    assert "nonzero" in refusal.hint
+    assert "test_composites" in str(refusal.source)
 
 
 class Lambda(nn.Module):
