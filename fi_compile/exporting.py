@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
 
@@ -86,17 +86,14 @@ def _exported(model: nn.Module, example: Tensor, dims: Mapping[int, Any]) -> Exp
     with torch.no_grad(), _traceable_helpers(), logarithms_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = export(model, (example,), dynamic_shapes=(dims,), strict=False)
-        decompositions = _decompositions()
+        decompositions = {**_composites(exported.graph), **_decompositions()}
         if spell_out(exported, decompositions):
             return exported
         return exported.run_decompositions(decompositions)
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """Operators whose meaning on one row needs the row's position, spelled out with aranges; selections as such.
-
-    And operators without a rule that torch itself defines by others, which have: as it defines them.
-    """
+    """Operators whose meaning on one row needs the row's position, spelled out with aranges; selections as such."""
 
     def offsets(x: Tensor) -> Tensor:
         rows = torch.arange(x.shape[-2], device=x.device)
@@ -115,17 +112,26 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         return torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())), values.reshape(()), x)
 
     aten = torch.ops.aten
-    return {
-        **_composites(),
-        aten.tril.default: tril,
-        aten.triu.default: triu,
-        aten.index_put.default: index_put,
-    }
+    return {aten.tril.default: tril, aten.triu.default: triu, aten.index_put.default: index_put}
+
+
+def _composites(graph: fx.Graph) -> dict[Any, Callable[..., Any]]:
+    """Operators without a rule, and what torch composes them of; not those whose sizes never follow a length here."""
+    called = [node for node in graph.nodes if node.op == "call_function"]
+    moving = {node.target for node in called if any(map(_moves, (node, *node.all_input_nodes)))}
+    fixed = {node.target for node in called} - moving
+    return {op: composed for op, composed in _composed_of_others().items() if op not in fixed}
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether a value has a size that is not a number."""
+    values = node.meta.get("val")
+    several = values if isinstance(values, (list, tuple)) else [values]
+    return any(isinstance(size, torch.SymInt) for v in several if isinstance(v, Tensor) for size in v.shape)
 
 
 @cache
-def _composites() -> dict[Any, Callable[..., Any]]:
-    """Operators without a rule that torch composes of others at every size, and what of."""
+def _composed_of_others() -> dict[Any, Callable[..., Any]]:
     known = {*RULES, *_LOOPS}
     table = torch.export.default_decompositions().items()
     return {op: composed for op, composed in table if operator_name(op) not in known and _gives_tensors(op)}

@@ -14,6 +14,7 @@ class Convolved(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.rates = nn.Parameter(torch.tensor([0.5, 0.9, 0.99, -0.7]))
+        self.turn = nn.Parameter(torch.eye(4) + 0.1)
         self.first = nn.Parameter(torch.randn(1, 1, 4))
         self.mix = nn.Linear(8, 4)
 
@@ -24,7 +25,7 @@ class Convolved(nn.Module):
         y = torch.fft.irfft(torch.fft.rfft(u, n=2 * n) * torch.fft.rfft(taps, n=2 * n), n=2 * n)[..., :n].mT
         gate = torch.special.softmax(torch.multiply(x, 2), -1)
         y = torch.subtract(y, torch.negative(gate) * torch.linalg.vecdot(x, y).unsqueeze(-1))
-        return x + self.mix(torch.dstack([y, x]))
+        return x @ torch.linalg.inv(self.turn) + self.mix(torch.dstack([y, x]))
 
 
 def test_operators_that_torch_composes_of_others():
