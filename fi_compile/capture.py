@@ -29,9 +29,10 @@ from .compare import attributes_kept, batches_agree, disagreements
 from .errors import Refusal, Unsupported
 from .exporting import export_module
 from .guards import admitted_lengths, rows_left_out
-from .program import Input, Kind, Lengths, Program
+from .program import Input, Kind, Lengths, Program, is_tensor, sizes, source_of
 
 _MOST_CALLED = 1 << 18  # lengths at which the calls of two traces at one length are compared
+_FAR = 1 << 12  # lengths at which a model is compared, whatever capacity is wanted
 _MOST_PAIRS = 2  # of a number of rows and a length that a layout excludes: so many are traced
 
 _KINDS = {
@@ -58,7 +59,7 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
             raise Unsupported(_PINNED) from failures[-1]
         near = max(trace_length, example.shape[1], length or 0)
         try:
-            program = _trace_at(model, example, trace_length)
+            program = _before_far_holes(_trace_at(model, example, trace_length), near)
             odd = disagreements(program, model)  # which a program whose tables end below its range cannot run
             if not odd:
                 program = _covered(program, model, near)
@@ -111,6 +112,15 @@ _PINNED = Refusal(
     hint="spell the loop as operators on whole sequences (cumsum, scores with a mask, a convolution), or register a "
     "mixer; take sizes from x.shape[1] by plain integer arithmetic",
 )
+
+
+def _before_far_holes(program: Program, near: int) -> Program:
+    """Ended before a single length left out so far off that comparing there takes more than anybody asked for."""
+    far = min((n for n in program.lengths.holes if n > max(near, _FAR)), default=None)
+    if far is None:
+        return program
+    holes = frozenset(n for n in program.lengths.holes if n < far)
+    return replace(program, lengths=replace(program.lengths, maximum=far - 1, holes=holes))
 
 
 def _covered(program: Program, model: nn.Module, near: int, odd: Sequence[int] = ()) -> Program:
@@ -320,8 +330,24 @@ def _read(exported: ExportedProgram, model: nn.Module, example: Tensor, pinned: 
                 hint="compute length-dependent sizes from x.shape[1] with plain integer arithmetic",
             )
         )
+    _refuse_counted(graph, {length, batch})
     lengths = admitted_lengths(guards, length, batch, shape_env.var_to_range[length])
     return Program(module, tuple(inputs), length, batch, lengths, out_spec, values, example.detach(), guards)
+
+
+def _refuse_counted(graph: fx.Graph, known: set[Any]) -> None:
+    """Refuse a tensor with as many entries as something else has nonzero ones: no length says how many."""
+    for node in graph.nodes:
+        if is_tensor(node) and any(getattr(size, "free_symbols", set()) - known for size in sizes(node)):
+            raise Unsupported(
+                Refusal(
+                    "data_dependent",
+                    f"{node.name!r} has a size that is counted from values, not computed from the length",
+                    (node.name,),
+                    source_of(node),
+                    "nonzero(), unique() and boolean indexing count; use arange, torch.where or a mask",
+                )
+            )
 
 
 def _shape_env(exported: ExportedProgram) -> Any:

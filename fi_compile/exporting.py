@@ -12,15 +12,21 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
 
+from .arithmetic import STAND_INS, integers_kept, logarithms_kept
+from .program import operator_name
+from .rules.call import RULES
 from .spelled_out import spell_out
 from .weights import is_flag
+
+_LOOPS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  # over positions, which a trace would pin
 
 
 def export_module(
@@ -34,7 +40,15 @@ def export_module(
     """
     dims = {d: Dim.DYNAMIC for d, dynamic in ((0, dynamic_batch), (1, dynamic_length)) if dynamic}
     with symbolic_config.patch(backed_size_oblivious=general):  # type: ignore[attr-defined]
-        return _exported_as_is_or_frozen(model, example, dims)
+        try:
+            return _exported_as_is_or_frozen(model, example, dims)
+        except Exception as error:
+            if "Constraints violated" not in str(error):
+                raise
+            with integers_kept(model) as says_int:
+                if not says_int:
+                    raise
+                return _exported_as_is_or_frozen(model, example, dims)
 
 
 def _exported_as_is_or_frozen(model: nn.Module, example: Tensor, dims: Mapping[int, Any]) -> ExportedProgram:
@@ -69,10 +83,10 @@ def _freeze_flags(model: nn.Module) -> bool:
 
 
 def _exported(model: nn.Module, example: Tensor, dims: Mapping[int, Any]) -> ExportedProgram:
-    with torch.no_grad(), _traceable_helpers(), warnings.catch_warnings():
+    with torch.no_grad(), _traceable_helpers(), logarithms_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = export(model, (example,), dynamic_shapes=(dims,), strict=False)
-        decompositions = _decompositions()
+        decompositions = {**_composites(exported.graph), **_decompositions()}
         if spell_out(exported, decompositions):
             return exported
         return exported.run_decompositions(decompositions)
@@ -99,6 +113,33 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 
     aten = torch.ops.aten
     return {aten.tril.default: tril, aten.triu.default: triu, aten.index_put.default: index_put}
+
+
+def _composites(graph: fx.Graph) -> dict[Any, Callable[..., Any]]:
+    """Operators without a rule, and what torch composes them of; not those whose sizes never follow a length here."""
+    called = [node for node in graph.nodes if node.op == "call_function"]
+    moving = {node.target for node in called if any(map(_moves, (node, *node.all_input_nodes)))}
+    fixed = {node.target for node in called} - moving
+    return {op: composed for op, composed in _composed_of_others().items() if op not in fixed}
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether a value has a size that is not a number."""
+    values = node.meta.get("val")
+    several = values if isinstance(values, (list, tuple)) else [values]
+    return any(isinstance(size, torch.SymInt) for v in several if isinstance(v, Tensor) for size in v.shape)
+
+
+@cache
+def _composed_of_others() -> dict[Any, Callable[..., Any]]:
+    known = {*RULES, *_LOOPS}
+    table = torch.export.default_decompositions().items()
+    return {op: composed for op, composed in table if operator_name(op) not in known and _gives_tensors(op)}
+
+
+def _gives_tensors(op: Any) -> bool:
+    returns = op._schema.returns
+    return bool(returns) and all(str(r.type) in ("Tensor", "List[Tensor]") for r in returns)
 
 
 @contextlib.contextmanager
@@ -135,6 +176,7 @@ def _symbolic_math() -> types.SimpleNamespace:
 
 _SYMBOLIC_MATH = _symbolic_math()
 _STAND_INS: tuple[tuple[str, str, Any], ...] = (
+    *STAND_INS,
     ("opt_einsum", "contract", torch.einsum),
     ("scipy.fft", "next_fast_len", lambda target, real=False: target),
     ("scipy.fftpack", "next_fast_len", lambda target: target),

@@ -28,6 +28,9 @@ _NUMPY = [
         "FloatPow": lambda a, b: np.power(np.asarray(a, dtype=np.float64), b),
         "LShift": lambda a, b: np.left_shift(a, b),
         "RShift": lambda a, b: np.right_shift(a, b),
+        "BitwiseFn_bitwise_and": lambda a, b: np.bitwise_and(a, b),
+        "BitwiseFn_bitwise_or": lambda a, b: np.bitwise_or(a, b),
+        "OpaqueUnaryFn_log2": lambda a: _log2(np.asarray(a, dtype=np.float64)),
         "Max": lambda *a: _fold(np.maximum, a),
         "Min": lambda *a: _fold(np.minimum, a),
         "Where": lambda c, a, b: np.where(c, a, b),
@@ -35,6 +38,12 @@ _NUMPY = [
     },
     "numpy",
 ]
+
+
+def _log2(x: np.ndarray) -> np.ndarray:
+    """Whole at powers of two, as Python's: the vector form of a logarithm need not be."""
+    mantissa, exponent = np.frexp(x)
+    return np.where(mantissa == 0.5, exponent - 1.0, np.log2(x))
 
 
 def _fold(combine: Any, values: tuple[Any, ...]) -> Any:

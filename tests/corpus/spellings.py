@@ -243,6 +243,8 @@ SPELLINGS: dict[str, Factory] = {
     "grouped_conv1d": partial(DenseConv, taps=6, groups=2),
     "conv1d_fixed_width_l_max": lambda width, l_max: DenseConv(width, l_max, l_max, width),
     "conv1d_repeated_weights": RepeatedWeights,
+    "n_bit_length": partial(DynamicLength, n_of=lambda length: 1 << (2 * length - 1).bit_length()),
+    "n_log2": partial(DynamicLength, n_of=lambda length: 2 ** math.ceil(math.log2(2 * length))),
     "spectrum_buffer": SpectrumBuffer,
     "skip_and_bias": Skip,
     "filter_per_head": FilterPerHead,
@@ -256,14 +258,6 @@ SPELLINGS: dict[str, Factory] = {
 }
 
 UNTRACEABLE: dict[str, tuple[Factory, str]] = {
-    "n_bit_length": (
-        partial(DynamicLength, n_of=lambda length: 1 << (2 * length - 1).bit_length()),
-        "int.bit_length() specialises the length",
-    ),
-    "n_log2": (
-        partial(DynamicLength, n_of=lambda length: 2 ** math.ceil(math.log2(2 * length))),
-        "math.log2 needs a number",
-    ),
     "n_digits": (
         partial(DynamicLength, n_of=lambda length: 2 ** len(bin(2 * length - 1)[2:])),
         "bin() needs a number",
