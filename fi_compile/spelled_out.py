@@ -88,7 +88,7 @@ def _inline(graph: fx.Graph, node: fx.Node, sub: fx.Graph) -> None:
             if inner.op == "call_function":
                 copied = known[inner] = graph.node_copy(inner, known.__getitem__)
                 copied.meta = {**node.meta, "val": inner.meta["val"]}
-    outputs = fx.map_arg(sub.output_node().args[0], known.__getitem__)
+    outputs: Any = fx.map_arg(sub.output_node().args[0], known.__getitem__)
     if isinstance(outputs, fx.Node):
         node.replace_all_uses_with(outputs)
     else:
