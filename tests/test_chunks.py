@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corpus import scale_weights
-from decoding import by_speed, decoded, decoder, features, gap
+from decoding import Net, by_speed, decoded, decoder, features, gap
 from fi_compile import capture
 from fi_compile.capture import trace_module
 from fi_compile.errors import Unsupported
@@ -240,3 +240,14 @@ def test_keys_that_meet_values_of_another_position(monkeypatch):
     net, sequence = model(mix), features(2, 50, WIDTH)
     dec = decoder(net, features(2, 21, WIDTH), max_length=LONGEST)
     assert gap(decoded(dec, sequence, 1), net(sequence)) < 1e-10
+
+
+def test_a_single_chunk_that_is_squeezed():
+    """The number of dimensions leaves no guard by itself, and no operator: with one chunk there is one less."""
+
+    def forward(_: nn.Module, x: Tensor) -> Tensor:
+        chunks = padded(x)
+        return positions(chunks * (1 + torch.squeeze(chunks.mean((2, 3)), 1).dim()), x.shape[1])
+
+    program = trace_module(Net(forward), features(2, 21, WIDTH), length=LONGEST)
+    assert program.lengths.fewest == CHUNK + 1
