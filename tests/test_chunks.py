@@ -251,3 +251,15 @@ def test_a_single_chunk_that_is_squeezed():
 
     program = trace_module(Net(forward), features(2, 21, WIDTH), length=LONGEST)
     assert program.lengths.fewest == CHUNK + 1
+
+
+def test_lengths_are_compared_however_the_output_is_written():
+    """Of whole chunks, as many positions as there are at most: that is a length, though it is not called that."""
+
+    def forward(_: nn.Module, x: Tensor) -> Tensor:
+        chunks = padded(x)
+        kept = F.conv1d(chunks.mean((2, 3))[:, None], x.new_ones(1, 1, 1)).squeeze(-1)
+        return positions(chunks * (1 + kept.dim()), x.shape[1])
+
+    program = trace_module(Net(forward), features(2, 21, WIDTH), length=LONGEST)
+    assert program.lengths.fewest == CHUNK + 1
