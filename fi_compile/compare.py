@@ -6,15 +6,15 @@ There the graph is never run by itself: positions are reached through a longer r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from .passes.propose_consistency import agrees, sample_lengths
-from .program import Kind, Program, as_expr
+from .passes.propose_consistency import agrees, axes_of, sample_lengths
+from .program import Kind, Program
 from .twin import random_sequence, twin_values, widen, widen_call
 
 _SCALES = (1, 8)  # of features: what is cut off at large values shows
@@ -140,12 +140,28 @@ def _moved_disagreements(
             exact = program.evaluate(widen(scaled), wide, keep=nodes, rewrite=widen_call)
             # Parts in a narrower type round more than the model's own: allow for what that comes to.
             slack = {o: _own_rounding(long, exact[o].to(long.dtype)) for o, long in whole.items()}
-            odd = [n for n in tested if not _equal_prefix(program, perturbed, scaled[:, :n], whole, slack)]
+            single = _of_one_position(program, scaled, moved) if 1 in tested else {}
+            odd = [
+                n
+                for n in tested
+                if not _equal_prefix(
+                    program, perturbed, scaled[:, :n], whole, slack, single if n == 1 else None
+                )
+            ]
             doubtful = _rounds_too_much(program, whole, exact, odd)
             if scale == 1 or not doubtful:
                 found |= set(odd)
             ill |= scale == 1 and doubtful
     return sorted(found), ill
+
+
+def _of_one_position(program: Program, sequence: Tensor, values: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
+    """The outputs without a sequence axis at a length of 1, which no trace is made for; none if it cannot run there."""
+    newest = [o for o in program.outputs if isinstance(o, fx.Node) and len(_row_axes(program, o)) != 1]
+    try:
+        return program.evaluate(sequence[:, :1], values, keep=newest) if newest else {}
+    except Exception:
+        return {}
 
 
 def _own_rounding(found: Tensor, exact: Tensor) -> float:
@@ -170,8 +186,8 @@ def _rounds_too_much(
 
 
 def _row_axes(program: Program, output: fx.Node) -> list[int]:
-    """The dimensions of an output that are the sequence's length."""
-    return [d for d, size in enumerate(output.meta["val"].shape) if as_expr(size) == program.length]
+    """The dimensions of an output that are the sequence's length, however that is written."""
+    return list(axes_of(program, output).rows)
 
 
 def _equal_prefix(
@@ -180,8 +196,12 @@ def _equal_prefix(
     sequence: Tensor,
     whole: dict[fx.Node, Any],
     slack: dict[fx.Node, float] | None = None,
+    newest: Mapping[fx.Node, Any] | None = None,
 ) -> bool:
-    """Whether the model on a prefix gives the first rows of every output of a longer run."""
+    """Whether the model on a prefix gives the first rows of every output of a longer run.
+
+    ``newest``: outputs without a sequence axis, which no longer run shows, where they are known.
+    """
     try:
         found = [leaf for leaf in pytree.tree_leaves(model(sequence)) if leaf is not None]
     except Exception:
@@ -194,9 +214,12 @@ def _equal_prefix(
             continue
         long = whole[node]
         axes = _row_axes(program, node)
-        if len(axes) != 1:
+        if len(axes) == 1:
+            long = long.narrow(axes[0], 0, sequence.shape[1])
+        elif newest is None or node not in newest:
             continue  # an output without a sequence axis is of the newest row: another row at each length
-        long = long.narrow(axes[0], 0, sequence.shape[1])
+        else:
+            long = newest[node]
         if short.shape != long.shape or not _roughly_equal(
             short, long, whole[node], 0.0 if slack is None else slack[node]
         ):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
+from torch.overrides import TorchFunctionMode
 
 from .arithmetic import STAND_INS, integers_kept, logarithms_kept
 from .program import operator_name
@@ -35,11 +36,12 @@ def export_module(
     """Export; where that fails, with the flags among the model's buffers as the numbers they are now.
 
     ``general``: where torch would choose a shorter way to the same by the sizes it meets, it takes the one that
-    serves all sizes, and no guard is left. What the model's own code asks is answered, and guarded, as ever. Call it
-    under :func:`attributes_kept`.
+    serves all sizes, and no guard is left. What the model's own code asks is answered, and guarded, as ever; so is what
+    gives its values fewer dimensions. Call it under :func:`attributes_kept`.
     """
     dims = {d: Dim.DYNAMIC for d, dynamic in ((0, dynamic_batch), (1, dynamic_length)) if dynamic}
-    with symbolic_config.patch(backed_size_oblivious=general):  # type: ignore[attr-defined]
+    asking = _Squeezes() if general else contextlib.nullcontext()
+    with symbolic_config.patch(backed_size_oblivious=general), asking:  # type: ignore[attr-defined]
         try:
             return _exported_as_is_or_frozen(model, example, dims)
         except Exception as error:
@@ -49,6 +51,21 @@ def export_module(
                 if not says_int:
                     raise
                 return _exported_as_is_or_frozen(model, example, dims)
+
+
+class _Squeezes(TorchFunctionMode):
+    """Asks of every dimension that may be squeezed whether it is: no size is there to tell by afterwards."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if getattr(func, "__name__", "").partition(".")[0] in ("squeeze", "squeeze_"):
+            x, dims = [*args, named.get("input", named.get("self"))][0], [*args[1:], named.get("dim")][0]
+            listed = range(x.dim()) if dims is None else dims if isinstance(dims, (list, tuple)) else (dims,)
+            for dim in listed:
+                bool(x.shape[dim] == 1)  # which leaves a guard
+        return func(*args, **named)
 
 
 def _exported_as_is_or_frozen(model: nn.Module, example: Tensor, dims: Mapping[int, Any]) -> ExportedProgram:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import sympy
 import torch
 from torch import fx, nn
 
@@ -65,13 +67,18 @@ def _latest(program: Program, node: fx.Node) -> range | None:
     axes = axes_of(program, source)
     if axes.rows != (dim,):
         return None
-    lengths = program.lengths.upto(4 * _MOST + program.lengths.minimum)
-    first, end, size = (program.size_values(e, lengths) for e in (start, stop, sizes(source)[dim]))
-    if not len(lengths):
+    size = sizes(source)[dim]
+    further = sympy.Symbol("further", integer=True, nonnegative=True)  # positions beyond the first few
+    back, count = (
+        sympy.expand(sympy.sympify(e).subs(program.length, further + _MOST))
+        for e in (size - stop, stop - start)
+    )
+    if not (back.is_Integer and count.is_Integer and count >= 1 and 1 < back + count <= _MOST):
         return None
-    back, count = int((size - end)[-1]), int((end - first)[-1])
-    whole = bool((size - end == back).all()) and bool((end - first == count).all())
-    if not whole or count < 1 or not 1 < back + count <= _MOST:
+    back, count = int(back), int(count)
+    lengths = np.arange(back + count, _MOST)
+    first, end, most = (program.size_values(e, lengths) for e in (start, stop, size))
+    if (most - end != back).any() or (end - first != count).any():
         return None
     return range(back + count - 1, back - 1, -1)
 

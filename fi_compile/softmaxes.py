@@ -74,6 +74,7 @@ class _Baring:
         self.biases: dict[fx.Node, fx.Node | None] = {}
         self.changed = False
         self.most = program.lengths.maximum
+        self.by_query = False  # whether the scores at hand have the queries before the keys
         self.node: fx.Node = program.sequence
 
     def run(self) -> Program:
@@ -99,6 +100,7 @@ class _Baring:
         else:
             return None
         scores: Any = node.kwargs[key] if isinstance(key, str) else node.args[key]
+        self.by_query = sizes(scores)[-2:-1] == (self.program.length,)
         bare = self.bare(scores)
         if bare is self.copied[scores]:
             return None
@@ -130,6 +132,8 @@ class _Baring:
     def followed(self, node: fx.Node, name: str) -> list[Any]:
         """The arguments in which a number for each query stays one, beside entries that are masked."""
         args = node.args
+        if not node.meta["val"].is_floating_point() or "rounding_mode" in node.kwargs:
+            return []  # what is rounded to whole numbers moves by more or less than the number that was added
         if name in _COPIES or (name == "masked_fill" and _very_low(args[2])):
             return [args[0]]
         if name in ("mul", "div") and is_number(args[1]) and args[1] > 0:
@@ -140,6 +144,8 @@ class _Baring:
 
     def bias(self, node: fx.Node) -> fx.Node | None:
         """A bias by the key's distance from the newest position, as one by its distance from the query."""
+        if not self.by_query:
+            return None
         if node not in self.biases:
             self.biases[node] = self.by_lag(node) if self.is_moving(node) else None
         return self.biases[node]
@@ -176,8 +182,9 @@ class _Baring:
         whole = _table(program, node, longest, values)
         distance = torch.arange(longest - 1, -1, -1, dtype=torch.float64, device=whole.device)
         line = whole[..., :1] * (distance / max(longest - 1, 1))
-        error = (whole - line).abs().amax()
-        if not bool(error <= 4 * torch.finfo(node.meta["val"].dtype).eps * whole.abs().amax()):
+        own, twin = (4 * torch.finfo(d).eps for d in (node.meta["val"].dtype, whole.dtype))
+        # By each entry's own size: the furthest is so large that its rounding would hide a bend among the near ones.
+        if not bool(((whole - line).abs() <= own * line.abs() + twin * whole.abs().amax()).all()):
             return False
         self.most = longest if self.most is None else min(self.most, longest)
         return True
@@ -255,7 +262,8 @@ class _Baring:
             same = value.meta["val"].dtype == dtype
             return value if same else self.call(aten._to_copy.default, value, dtype=dtype)
 
-        scores, rest = prepared(self.bare(piece)), [prepared(self.copied[o]) for o in others]
+        # As they are: what is added to scores alone does not change their weights, but their share beside the others.
+        scores, rest = prepared(self.copied[piece]), [prepared(self.copied[o]) for o in others]
         beside = rest[0] if len(rest) == 1 else self.call(aten.cat.default, rest, -1)
         if beside.meta["val"].shape[-1] != 1:
             beside = self.call(aten.logsumexp.default, beside, [-1], True)

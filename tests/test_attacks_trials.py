@@ -173,3 +173,12 @@ def test_spectra_of_no_real_sequence():
         return torch.fft.irfft(torch.fft.rfft(x.mT, n=512) * (s.a * s.b), n=512)[..., : x.shape[1]].mT
 
     assert not exact_or_refused(Net(mix, a=a, b=b), rand(1, 12, 2), rand(1, 60, 2))
+
+
+@pytest.mark.parametrize("newest", [-1, slice(-1, None)])
+def test_one_position_of_which_only_the_newest_output_is_seen(newest):
+    """A length of 1 is never traced, and no longer run shows what was returned there."""
+    net = Net(lambda _, x: (x.cumsum(1) * (2 if x.shape[1] == 1 else 1))[:, newest])
+    dec = decoder(net.eval(), rand(2, 12, 2), max_length=64)
+    with pytest.raises(fi_compile.InputError, match="give at least 2"):
+        dec.prefill(rand(2, 1, 2))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corpus import scale_weights
-from decoding import by_speed, decoded, decoder, features, gap
+from decoding import Net, by_speed, decoded, decoder, features, gap
 from fi_compile import capture
 from fi_compile.capture import trace_module
 from fi_compile.errors import Unsupported
@@ -58,10 +58,10 @@ def by_padding(q, k, v, length):
     return out.transpose(1, 2).flatten(2)[:, :length]
 
 
-def retained(q, k, v, length, rate, extra=1.0, spare=0):
+def retained(q, k, v, length, rate, extra=1.0, spare=0, joined=None):
     """Retention: within a chunk by a table, across by a table of chunks that leaves out the own one.
 
-    ``extra``: what chunks more than three apart count, beside their decay.
+    ``extra``: what chunks more than three apart count, beside their decay. ``joined``: added to it, of whole chunks.
     """
     q, k, v = padded(q, spare), padded(k, spare), padded(v, spare)
     i = torch.arange(CHUNK, dtype=q.dtype)
@@ -73,7 +73,7 @@ def retained(q, k, v, length, rate, extra=1.0, spare=0):
     weights = torch.where(apart > 0, rate ** (CHUNK * (apart - 1).clamp(min=0)), 0.0)
     weights = weights * torch.where(apart > 3, extra, 1.0)
     across = torch.einsum("bzcd,zn,bnde->bzce", q * rate ** (i + 1)[:, None], weights, state)
-    return positions(within + across, length)
+    return positions(within + across + (0 if joined is None else joined(k, v)), length)
 
 
 def decayed_across(q, k, v, length):
@@ -225,3 +225,41 @@ def test_decoding(mix):
         sequence = features(2, length, WIDTH)
         for prompt in sorted({1, min(7, length), length}):
             assert gap(decoded(dec, sequence, prompt), net(sequence)[:, prompt - 1 :]) < 1e-10
+
+
+def test_keys_that_meet_values_of_another_position(monkeypatch):
+    """Of 40 positions before, which a short sample does not have. Chunks of one position are quick to trace."""
+    monkeypatch.setitem(globals(), "CHUNK", 1)
+
+    def joined(k, v):
+        return k * F.pad(v, (0, 0, 0, 0, 40, 0))[:, :-40]
+
+    def mix(q, k, v, length):
+        return retained(q, k, v, length, 0.8, spare=1, joined=joined)
+
+    net, sequence = model(mix), features(2, 50, WIDTH)
+    dec = decoder(net, features(2, 21, WIDTH), max_length=LONGEST)
+    assert gap(decoded(dec, sequence, 1), net(sequence)) < 1e-10
+
+
+def test_a_single_chunk_that_is_squeezed():
+    """The number of dimensions leaves no guard by itself, and no operator: with one chunk there is one less."""
+
+    def forward(_: nn.Module, x: Tensor) -> Tensor:
+        chunks = padded(x)
+        return positions(chunks * (1 + torch.squeeze(chunks.mean((2, 3)), 1).dim()), x.shape[1])
+
+    program = trace_module(Net(forward), features(2, 21, WIDTH), length=LONGEST)
+    assert program.lengths.fewest == CHUNK + 1
+
+
+def test_lengths_are_compared_however_the_output_is_written():
+    """Of whole chunks, as many positions as there are at most: that is a length, though it is not called that."""
+
+    def forward(_: nn.Module, x: Tensor) -> Tensor:
+        chunks = padded(x)
+        kept = F.conv1d(chunks.mean((2, 3))[:, None], x.new_ones(1, 1, 1)).squeeze(-1)
+        return positions(chunks * (1 + kept.dim()), x.shape[1])
+
+    program = trace_module(Net(forward), features(2, 21, WIDTH), length=LONGEST)
+    assert program.lengths.fewest == CHUNK + 1

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import fi_compile
-from decoding import decoder, gap, ids, language_model
+from decoding import Net, decoder, features, gap, ids, language_model
 from transparent import OPTIONS
 
 KEPT = 3
@@ -78,3 +78,29 @@ def test_rows_before_the_newest():
 def test_too_many_to_keep():
     with pytest.raises(fi_compile.Unsupported, match="positions that move on"):
         decoder(Latest(40).eval(), ids(2, 50), max_length=64)
+
+
+@pytest.mark.parametrize("far", [140, 1000])
+def test_rows_that_fall_behind_later(far):
+    """The last three, less one position more after every so many: nothing of that shows in short sequences."""
+
+    def forward(_: nn.Module, x: Tensor) -> Tensor:
+        return x.cumsum(1).narrow(1, x.shape[1] - KEPT - x.shape[1] // far, KEPT)
+
+    with pytest.raises(fi_compile.Unsupported, match="positions that move on"):
+        decoder(Net(forward), features(2, 9, 2), max_length=1100)
+
+
+def test_a_start_that_is_never_negative():
+    net, sequence = Net(lambda _, x: x.cumsum(1)[:, max(x.shape[1] - KEPT, 0) :]), features(2, 20, 2)
+    dec = decoder(net, features(2, 9, 2), max_length=40)
+    dec.prefill(sequence[:, :KEPT])
+    for t in range(KEPT, 20):
+        assert gap(dec.step(sequence[:, t]), net(sequence[:, : t + 1])) < 1e-12
+
+
+def test_a_size_that_torch_leaves_open():
+    """Where it cannot tell the sign of a start; the reason is the model's all the same."""
+    net = Net(lambda _, x: x.cumsum(1)[:, x.shape[1] - KEPT - x.shape[1] // 140 :])
+    with pytest.raises(fi_compile.Unsupported, match="positions that move on"):
+        decoder(net, features(2, 9, 2), max_length=200)

@@ -36,6 +36,7 @@ class Attention(nn.Module):
         slopes = torch.tensor([0.5, 0.3], dtype=torch.float64)[:, None, None]
         self.register_buffer("table", slopes * torch.arange(-127, 1))
         self.register_buffer("curved", slopes * torch.arange(-127, 1) ** 2 / 50)
+        self.register_buffer("late", torch.zeros(128, dtype=torch.float64))
         self.sinks = nn.Parameter(torch.randn(HEADS))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,6 +124,75 @@ def test_what_does_change_weights_is_refused(weigh):
     assert gap(net(sequence)[:, :20], net(sequence[:, :20])) > 1e-6
     with pytest.raises(fi_compile.Unsupported):
         decoder(net, features(2, 9, WIDTH), max_length=100)
+
+
+def late_numbers(self, length: int) -> Tensor:
+    """A number for each query, 0 for all that a short sample has."""
+    return self.late[:length, None].expand(-1, 2).amax(-1, keepdim=True)
+
+
+def beside_a_sink(self, scores: Tensor) -> Tensor:
+    """The number lowers the keys, and the sink it is beside not."""
+    length = scores.shape[-1]
+    lowered = scores.masked_fill(later(length), -math.inf) - late_numbers(self, length)
+    column = self.sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, length, -1)
+    return torch.cat([lowered, column], -1).softmax(-1)[..., :-1]
+
+
+def before_rounding(self, scores: Tensor) -> Tensor:
+    length = scores.shape[-1]
+    lowered = torch.div(scores - late_numbers(self, length), 0.7, rounding_mode="floor")
+    return lowered.masked_fill(later(length), -math.inf).softmax(-1)
+
+
+def before_a_cast(self, scores: Tensor) -> Tensor:
+    length = scores.shape[-1]
+    lowered = (3 * (scores - late_numbers(self, length))).to(torch.int32).to(scores.dtype)
+    return lowered.masked_fill(later(length), -math.inf).softmax(-1)
+
+
+NUMBERS = [beside_a_sink, before_rounding, before_a_cast]
+
+
+@pytest.mark.parametrize("weigh", NUMBERS)
+def test_numbers_that_only_late_queries_have(weigh):
+    """A sample shows no difference without them, because there they are 0."""
+    net = made(weigh)
+    net.late[30:] = 0.37
+    sequence = features(2, 40, WIDTH)
+    program = trace_module(net, features(2, 9, WIDTH))
+    assert gap(with_softmaxes_bare(program).run(sequence), net(sequence)) < 1e-12
+
+
+def test_biases_that_bend_by_little():
+    """In single precision the furthest of 2^17 entries is rounded by more than the bend."""
+
+    def bent(self, scores: Tensor) -> Tensor:
+        length = scores.shape[-1]
+        bias = 0.05 * torch.arange(1 - length, 1, dtype=scores.dtype)
+        bias = bias - 0.003 * (bias < -0.8)
+        return (scores + bias).masked_fill(later(length), -math.inf).softmax(-1)
+
+    net, sequence = made(bent).float(), features(2, 40, WIDTH).float()
+    assert gap(net(sequence)[:, :30], net(sequence[:, :30])) > 1e-5
+    with pytest.raises(fi_compile.Unsupported):
+        decoder(net, features(2, 9, WIDTH).float(), max_length=64)
+
+
+def test_queries_that_are_not_beside_the_keys():
+    """A bias by the distance from the query would stand at the wrong place."""
+
+    class Between(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            batch, length, _ = x.shape
+            q, k, v = self.qkv(x).view(batch, length, 3, HEADS, -1).unbind(2)
+            scores = torch.einsum("bqhd,bkhd->bqhk", q, k)
+            scores = scores + 0.25 * torch.arange(1 - length, 1, dtype=x.dtype)
+            scores = scores.masked_fill(later(length)[None, :, None], -math.inf)
+            return self.out(torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), v).flatten(2))
+
+    program = trace_module(Between(None).double().eval(), features(2, 9, WIDTH))
+    assert with_softmaxes_bare(program) is program
 
 
 @pytest.mark.slow
