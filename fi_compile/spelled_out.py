@@ -8,9 +8,10 @@ these alone gives the same graph in a third of the time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._export.utils import _is_cia_op, _is_preservable_cia_op
@@ -18,6 +19,7 @@ from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._sympy.functions import Max, Min
 
 Decompositions = Mapping[Any, Callable[..., Any]]
 
@@ -42,6 +44,7 @@ def spell_out(exported: ExportedProgram, decompositions: Decompositions) -> bool
     for node, sub in finer:
         _inline(graph, node, sub)
     _share_sizes(graph)
+    _keep_to_one_piece(graph)
     graph.eliminate_dead_code()
     graph.lint()
     exported.graph_module.recompile()
@@ -106,3 +109,25 @@ def _share_sizes(graph: fx.Graph) -> None:
             first = known.setdefault(node.meta["val"].node.expr, node)
             if first is not node:
                 node.replace_all_uses_with(first)
+
+
+def _keep_to_one_piece(graph: fx.Graph) -> None:
+    """Guard which side of a minimum or maximum the sizes are on, as torch's traces do in checking the guards there are.
+
+    ``min(s, 64)`` is one function of s below 64 and another beyond; what is proved of it is proved of one.
+    """
+    values = (node.meta.get("val") for node in graph.nodes)
+    modes = (getattr(value, "fake_mode", None) for value in values)
+    env = next((mode.shape_env for mode in modes if mode is not None), None)
+    for guard in list(env.guards) if env is not None else ():
+        for least in guard.expr.atoms(Min):
+            _ask(env, least.args, sympy.Lt)
+        for most in guard.expr.atoms(Max):
+            _ask(env, most.args, sympy.Gt)
+
+
+def _ask(env: Any, sizes: Sequence[sympy.Basic], is_beyond: Callable[..., Any]) -> None:
+    found, *others = sizes
+    for size in others:
+        if env.evaluate_expr(is_beyond(size, found)):
+            found = size

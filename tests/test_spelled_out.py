@@ -30,6 +30,19 @@ class Coarse(nn.Module):
         return gate * merged + spectrum.real + spectrum.imag.to(x.dtype)
 
 
+class CutOff(nn.Module):
+    """As far as its table, at any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(64, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.sym_min(x.shape[1], 64)
+        y = nn.functional.pad(x, (0, 0, 2, 0))[:, :length].chunk(2, -1)[0]
+        return y * self.table[:length, :6]
+
+
 class Writes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x.reshape(-1, 12).clone()
@@ -74,6 +87,14 @@ def test_the_graph_is_the_one_that_torch_makes(without_gradients):
         assert torch.allclose(ours.module()(x), expected)
     sizes = [node.meta["val"] for node in ours.graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
     assert len({str(size) for size in sizes}) == len(sizes)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_lengths_are_those_of_one_piece(without_gradients):
+    ours, theirs = exported(CutOff()), exported(CutOff()).run_decompositions(_decompositions())
+    assert spell_out(ours, _decompositions())
+    assert guards(ours) == guards(theirs)
+    assert any("< 64" in guard for guard in guards(ours))
 
 
 @pytest.mark.parametrize("model", [Writes(), Switches()])
