@@ -65,6 +65,19 @@ def largest_taken_off(self, scores: Tensor) -> Tensor:
     return (scores - scores.amax(-1, keepdim=True)).softmax(-1)
 
 
+def by_hand(self, scores: Tensor) -> Tensor:
+    """The largest of masked scores is one of an earlier key."""
+    scores = scores.masked_fill(later(scores.shape[-1]), -math.inf)
+    weights = (scores - scores.max(-1, keepdim=True).values).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def times_the_largest(self, scores: Tensor) -> Tensor:
+    """No softmax at all: the largest score is a number for each query."""
+    scores = scores.masked_fill(later(scores.shape[-1]), LOWEST)
+    return scores.masked_fill(later(scores.shape[-1]), 0.0) * scores.amax(-1, keepdim=True).tanh()
+
+
 def sink(self, scores: Tensor) -> Tensor:
     """One more column, the same to all queries: it takes weight from the keys."""
     batch, _, length, _ = scores.shape
@@ -83,7 +96,7 @@ def two_sinks_before(self, scores: Tensor) -> Tensor:
     return torch.cat([columns, scores], -1).softmax(-1)[..., 2:]
 
 
-MODELS = [last_columns, counted_down, largest_taken_off, sink, two_sinks_before]
+MODELS = [last_columns, counted_down, largest_taken_off, by_hand, times_the_largest, sink, two_sinks_before]
 
 
 def made(weigh) -> nn.Module:
@@ -93,7 +106,7 @@ def made(weigh) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("weigh", by_speed(MODELS, (last_columns, sink).__contains__))
+@pytest.mark.parametrize("weigh", by_speed(MODELS, (last_columns, by_hand, sink).__contains__))
 def test_keys_and_values_are_kept(weigh):
     net = made(weigh)
     dec = decoder(net, features(2, 9, WIDTH), max_length=100)
@@ -111,13 +124,32 @@ def curved(self, scores: Tensor) -> Tensor:
     return biased.masked_fill(later(length), -math.inf).softmax(-1)
 
 
+def largest_of_queries(self, scores: Tensor) -> Tensor:
+    scores = scores.masked_fill(later(scores.shape[-1]), -math.inf)
+    weights = (scores - scores.amax(-2, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def largest_of_next(self, scores: Tensor) -> Tensor:
+    """Of the keys up to the one after the query."""
+    length = scores.shape[-1]
+    beyond = torch.ones(length, length, dtype=torch.bool).triu(2)
+    seen = (scores + 9.0 * later(length)).masked_fill(beyond, -math.inf)
+    return (scores - seen.amax(-1, keepdim=True)).masked_fill(later(length), 0.0)
+
+
 def shifted_mask(self, scores: Tensor) -> Tensor:
     """The masked are lowered by too little to weigh nothing beside a bias."""
     length = scores.shape[-1]
     return (scores + self.table[:, :, self.table.shape[-1] - length :] - 20.0 * later(length)).softmax(-1)
 
 
-@pytest.mark.parametrize("weigh", by_speed([curved, shifted_mask], (curved,).__contains__))
+@pytest.mark.parametrize(
+    "weigh",
+    by_speed(
+        [curved, largest_of_queries, largest_of_next, shifted_mask], (curved, largest_of_next).__contains__
+    ),
+)
 def test_what_does_change_weights_is_refused(weigh):
     net = made(weigh)
     sequence = features(2, 40, WIDTH)
@@ -177,6 +209,16 @@ def test_biases_that_bend_by_little():
     assert gap(net(sequence)[:, :30], net(sequence[:, :30])) > 1e-5
     with pytest.raises(fi_compile.Unsupported):
         decoder(net, features(2, 9, WIDTH).float(), max_length=64)
+
+
+def strictly_earlier(self, scores: Tensor) -> Tensor:
+    scores = scores.masked_fill(later(scores.shape[-1]) | torch.eye(scores.shape[-1]).bool(), -math.inf)
+    return (scores - scores.amax(-1, keepdim=True)).exp()
+
+
+def test_rows_without_a_key_are_named():
+    with pytest.raises(fi_compile.Unsupported, match="of rows that may be masked as a whole"):
+        decoder(made(strictly_earlier), features(2, 9, WIDTH), max_length=100)
 
 
 def test_queries_that_are_not_beside_the_keys():

@@ -200,6 +200,8 @@ def query_axes(group: Group, operands: Sequence[Operand], proof: Proof) -> dict[
     dimension. A table's row moves the same row of the exit if it is a query's. Raises :class:`FollowsPosition` where
     that is not so.
     """
+    if not all(map(is_tensor, group.nodes)):
+        raise FollowsPosition(group.unit.exit.name)
     generator = torch.Generator().manual_seed(29)
     tables = random_tables(group, proof, generator)
     values = [noise_of(group, o, generator) for o in operands]

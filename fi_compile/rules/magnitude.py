@@ -21,8 +21,8 @@ BOUNDED = frozenset((
 LIFTING = frozenset(("exp", "exp2", "relu", "softplus", "elu", "celu", "selu"))
 # What is very low stays so: these never change a sign.
 KEEPING = frozenset((
-    "add", "where", "masked_fill", "maximum", "minimum", "amax", "amin", "clone", "contiguous", "alias", "detach",
-    "detach_", "to", "_to_copy", "type_as", "lift_fresh_copy", "view", "reshape", "_unsafe_view", "flatten",
+    "add", "where", "masked_fill", "maximum", "minimum", "amax", "amin", "max", "min", "clone", "contiguous", "alias",
+    "detach", "detach_", "to", "_to_copy", "type_as", "lift_fresh_copy", "view", "reshape", "_unsafe_view", "flatten",
     "unflatten", "transpose", "permute", "unsqueeze", "squeeze", "expand", "expand_as", "slice", "select",
     "narrow", "index", "index_select", "embedding", "gather", "cat", "stack", "repeat", "split", "chunk",
     "unbind", "getitem", "constant_pad_nd", "pad", "full", "scalar_tensor", "fill", "copy", "full_like",

@@ -91,20 +91,51 @@ def sums(c: Call) -> Fact:
       "linalg_vector_norm", "any", "all", "median", "aminmax", "mode", "count_nonzero", "nansum",
       "frobenius_norm")  # fmt: skip
 def reductions(c: Call) -> Result:
-    """Over features only."""
+    """Over features; the largest of keys where later ones are lower than any."""
     if c.name in ("max", "min") and isinstance(c.arg("other"), fx.Node):
         from .pointwise import elementwise
 
         return elementwise(c, "any")
     fact = c.fact("self")
     dims = listed(c, fact)
-    for d in dims:
-        need_fixed(fact, d, f"{c.name}()")
     _no_spectra(c, fact, dims)
-    c.row_local = True
-    rest = tuple(tuple(filled(a) for a in d) for d in dropped(c, fact, dims))
+    seen = _largest_of_keys(c, fact, dims)
+    if seen is None:
+        for d in dims:
+            need_fixed(fact, d, f"{c.name}()")
+        c.row_local, seen = True, fact
+    rest = tuple(tuple(filled(a) for a in d) for d in dropped(c, seen, dims))
     values = c.node.meta["val"]
     return [Fact(rest) for _ in values] if isinstance(values, (list, tuple)) else Fact(rest)
+
+
+def _largest_of_keys(c: Call, fact: Fact, dims: list[int]) -> Fact | None:
+    """The fact with its queries known as far as their keys are, where no later key can be the largest."""
+    if c.name not in ("amax", "max", "argmax") or len(dims) != 1 or all(a.fixed for a in fact.dims[dims[0]]):
+        return None
+    (key,) = dims
+    shown = _known(fact) or _by_value(c, fact, key)
+    known = _hidden(shown, key) or _far_below(c, fact, key)
+    if not known:
+        need_fixed(fact, key, f"{c.name}(){_lowered(c, shown, key)}")
+    c.keep_rows(fact.dims[key])
+    c.conditions.append("entries with key > query are lower than any other")
+    return Fact(_kept_to_keys([tuple(filled(a) for a in d) for d in fact.dims], known[0]))
+
+
+def _hidden(triangles: Sequence[Triangle], key: int) -> list[Triangle]:
+    """The triangles of later keys that are lower than any score."""
+    return [t for t in triangles if t.key == key and masked(t) and not isinstance(t.above, bool)]
+
+
+def _kept_to_keys(dims: Sequence[Dim], triangle: Triangle) -> tuple[Dim, ...]:
+    """Dimensions of scores, where each query is known as far as its keys are."""
+    axis, query = one(dims[triangle.key]), one(dims[triangle.query])
+    if not (axis.plain and query.plain):
+        raise Deny("misaligned", "a reduction over shifted positions")
+    known = list(dims)
+    known[triangle.query] = (replace(query, valid=least(query.valid, axis.valid)),)
+    return tuple(known)
 
 
 def _no_spectra(c: Call, fact: Fact, dims: list[int]) -> None:
@@ -129,7 +160,7 @@ def softmax(c: Call) -> Fact:
             continue
         c.row_local = False
         shown_above = _known(fact) or _by_value(c, fact, dim)
-        known = [t for t in shown_above if t.key == dim and masked(t) and not isinstance(t.above, bool)]
+        known = _hidden(shown_above, dim)
         # The logarithm of a weight that underflows is a finite number.
         exactly_nothing = "log" not in c.name and len(dims) == 1
         if exactly_nothing and not known and not any(t.query == dim and masked(t) for t in fact.triangles):
@@ -139,12 +170,12 @@ def softmax(c: Call) -> Fact:
                 raise Deny(
                     "non_causal", "a softmax over queries: every row sees later ones", "normalise over keys"
                 )
-            need_fixed(fact, dim, _unmasked(c, shown_above, dim))
+            lowered = _lowered(c, shown_above, dim)
+            need_fixed(
+                fact, dim, f"a softmax{lowered or ' whose later entries are not certified to be -inf'}"
+            )
         t = known[0]
-        axis, query = one(shown[dim]), one(shown[t.query])
-        if not (axis.plain and query.plain):
-            raise Deny("misaligned", "a softmax over shifted positions")
-        shown[t.query] = (replace(query, valid=least(query.valid, axis.valid)),)
+        shown = list(_kept_to_keys(shown, t))
         above = float("-inf") if "log" in c.name else 0.0
         triangles = [replace(t, above=above, diagonal=None)]
         c.conditions.append("scores with key > query are -inf")
@@ -166,18 +197,20 @@ def _far_below(c: Call, fact: Fact, key: int) -> list[Triangle]:
     return []
 
 
-def _unmasked(c: Call, triangles: Sequence[Triangle], key: int) -> str:
-    """What is wrong with a softmax over keys."""
+def _lowered(c: Call, triangles: Sequence[Triangle], key: int) -> str:
+    """What is wrong with later keys that are lowered, but not enough; empty where none are."""
     scores = c.arg("self")
     masks = [c.context.fact(n) for n in scores.all_input_nodes if is_tensor(n) and not c.context.is_data(n)]
     beside = [t for f in masks if isinstance(f, Fact) for t in f.triangles]
     for t in (*(t for t in triangles if t.key == key), *beside):
+        if is_number(t.above) and t.above == float("-inf"):
+            return " of rows that may be masked as a whole: nothing says that the entry on the diagonal is not"
         if is_number(t.above) and not isinstance(t.above, bool) and t.above < -1:
             return (
-                f"a softmax whose later entries are lowered by {-t.above:g}, which nothing bounds the others against "
+                f" whose later entries are lowered by {-t.above:g}, which nothing bounds the others against "
                 "(-inf or torch.finfo(dtype).min is low enough always; a norm before the projections bounds scores)"
             )
-    return "a softmax whose later entries are not certified to be -inf"
+    return ""
 
 
 @rule("layer_norm", "rms_norm", "native_layer_norm")
