@@ -24,8 +24,9 @@ from .step import StepProgram
 
 log = logging.getLogger(__name__)
 
-# Above this many rows a product with a weight is a matrix product; below, reading the weight is all it costs.
-_MOST_ROWS_BY_SUM = 2
+# Above this many rows a product with a weight is a matrix product, which pointers.py has a kernel for; one row is fused
+# with what follows.
+_MOST_ROWS_BY_SUM = 1
 # A part of fewer operators is as fast interpreted, and costs no compilation. Native ones are called without Python.
 _FEWEST_NODES = {"aot": 1, "inductor": 3}
 
