@@ -10,7 +10,7 @@ import contextlib
 import math
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def logarithms_kept() -> Iterator[None]:
             allowed = checks.allowed_op_types  # type: ignore[attr-defined]
             more = lambda self, of=allowed: (*of(self), types.FunctionType)  # noqa: E731
             changed.append((checks, "allowed_op_types", more))
-    with _changed(changed):
+    with attributes_changed(changed):
         yield
 
 
@@ -120,7 +120,8 @@ def _names_int(code: types.CodeType) -> bool:
 
 
 @contextlib.contextmanager
-def _changed(attributes: list[tuple[Any, str, Any]]) -> Iterator[None]:
+def attributes_changed(attributes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Attributes as (owner, name, value) for a while, and then as they were."""
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in attributes]
     try:
         for owner, name, value in attributes:

@@ -30,6 +30,7 @@ from .errors import Refusal, Unsupported
 from .exporting import export_module
 from .guards import admitted_lengths, rows_left_out
 from .program import Input, Kind, Lengths, Program, is_tensor, sizes, source_of
+from .spelled_out import shape_env_of
 
 _MOST_CALLED = 1 << 18  # lengths at which the calls of two traces at one length are compared
 _FAR = 1 << 12  # lengths at which a model is compared, whatever capacity is wanted
@@ -219,7 +220,7 @@ def _trace(
             raise Unsupported(
                 Refusal("trace", "the model takes the number of rows in the batch for a number")
             )
-        ranges = _shape_env(exported).var_to_range[program.batch]
+        ranges = shape_env_of(exported.graph).var_to_range[program.batch]
         trace = partial(_trace, model, example)
         left_out = rows_left_out(program.guards, program.length, program.batch, ranges, program.lengths)
         if (
@@ -313,7 +314,7 @@ def _read(exported: ExportedProgram, model: nn.Module, example: Tensor, pinned: 
     (sequence,) = [n for n in placeholders if n.name not in values]
     shape = sequence.meta["val"].shape
     batch, length = (_symbol(size) for size in shape[:2])
-    shape_env = _shape_env(exported)
+    shape_env = shape_env_of(exported.graph)
     guards = tuple(guard.expr for guard in getattr(shape_env, "guards", ()))
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
@@ -348,11 +349,6 @@ def _refuse_counted(graph: fx.Graph, known: set[Any]) -> None:
                     "nonzero(), unique() and boolean indexing count; use arange, torch.where or a mask",
                 )
             )
-
-
-def _shape_env(exported: ExportedProgram) -> Any:
-    modes = (getattr(n.meta.get("val"), "fake_mode", None) for n in exported.graph.nodes)
-    return next((mode.shape_env for mode in modes if mode is not None), None)
 
 
 def _symbol(size: Any) -> sympy.Symbol | int:

@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
 
-from .arithmetic import STAND_INS, integers_kept, logarithms_kept
+from .arithmetic import STAND_INS, attributes_changed, integers_kept, logarithms_kept
 from .program import operator_name
 from .rules.call import RULES
 from .spelled_out import spell_out
@@ -171,17 +171,12 @@ def _traceable_helpers() -> Iterator[None]:
         if helper is not None:
             helpers[id(helper)] = stand_in
     refs = sys.modules.get("torch._refs.fft")
-    replaced = [(refs, "math", math, _SYMBOLIC_MATH)] if refs is not None else []  # norm="ortho"
+    replaced = [(refs, "math", _SYMBOLIC_MATH)] if refs is not None else []  # norm="ortho"
     for module in list(sys.modules.values()) if helpers else ():
         attributes = list(vars(module).items()) if isinstance(module, types.ModuleType) else []
-        replaced += [(module, k, v, helpers[id(v)]) for k, v in attributes if id(v) in helpers]
-    try:
-        for module, name, _, stand_in in replaced:
-            setattr(module, name, stand_in)
+        replaced += [(module, k, helpers[id(v)]) for k, v in attributes if id(v) in helpers]
+    with attributes_changed(replaced):
         yield
-    finally:
-        for module, name, helper, _ in replaced:
-            setattr(module, name, helper)
 
 
 def _symbolic_math() -> types.SimpleNamespace:

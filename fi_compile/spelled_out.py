@@ -51,6 +51,12 @@ def spell_out(exported: ExportedProgram, decompositions: Decompositions) -> bool
     return True
 
 
+def shape_env_of(graph: fx.Graph) -> Any:
+    """What torch knows of the symbolic sizes of an exported graph; None where it has none."""
+    modes = (getattr(node.meta.get("val"), "fake_mode", None) for node in graph.nodes)
+    return next((mode.shape_env for mode in modes if mode is not None), None)
+
+
 def _is_plain(node: fx.Node) -> bool:
     """Whether a call computes something from values and writes nothing."""
     target = node.target
@@ -116,9 +122,7 @@ def _keep_to_one_piece(graph: fx.Graph) -> None:
 
     ``min(s, 64)`` is one function of s below 64 and another beyond; what is proved of it is proved of one.
     """
-    values = (node.meta.get("val") for node in graph.nodes)
-    modes = (getattr(value, "fake_mode", None) for value in values)
-    env = next((mode.shape_env for mode in modes if mode is not None), None)
+    env = shape_env_of(graph)
     for guard in list(env.guards) if env is not None else ():
         for least in guard.expr.atoms(Min):
             _ask(env, least.args, sympy.Lt)
