@@ -74,7 +74,7 @@ def prefix_loop(model: Callable[[Tensor], Tensor], ids: Tensor, tokens: int, see
     generator = torch.Generator().manual_seed(seed)
     logits, times = [], []
     for _ in range(tokens):
-        logits.append(model(ids)[:, -1])
+        logits.append(model(ids)[:, -1].clone())  # a view would keep the logits of all positions
         times.append(time.perf_counter())
         token = sample(logits[-1], generator=generator, **settings)
         ids = torch.cat([ids, token[:, None]], dim=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from .alike import is_same
 from .branches import cover_lengths, follows_one_row, follows_rows, matters_for_one_row
@@ -256,7 +258,7 @@ def _questions() -> Iterator[list[sympy.Basic]]:
         SymNode.bool_ = answer
 
 
-_TORCH = str(pathlib.Path(torch.__file__).parent)
+_TORCH, _HERE = (str(pathlib.Path(file).parent) for file in (torch.__file__, __file__))
 
 
 def _trace_lengths(model: nn.Module, example: Tensor, length: int | None) -> list[int]:
@@ -361,6 +363,14 @@ def _attribute(model: nn.Module, path: str) -> Tensor:
 
 
 def _trace_refusal(error: Exception) -> Refusal:
+    if isinstance(error, GuardOnDataDependentSymNode):
+        own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, _HERE))]
+        return Refusal(
+            "data_dependent",
+            f"the forward branches on a number computed from data, {error.cond}, which a trace cannot follow",
+            source=f"{own[-1].filename}:{own[-1].lineno}" if own else None,
+            hint="compute both branches and choose by torch.where; keep .item() and bool() of tensors out of forward",
+        )
     text = str(error).strip() or type(error).__name__
     first = text.splitlines()[0]
     return Refusal(

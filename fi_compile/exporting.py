@@ -7,6 +7,7 @@ flags among the buffers that a forward branches on.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import sys
 import types
@@ -102,7 +103,8 @@ def _freeze_flags(model: nn.Module) -> bool:
 def _exported(model: nn.Module, example: Tensor, dims: Mapping[int, Any]) -> ExportedProgram:
     with torch.no_grad(), _traceable_helpers(), logarithms_kept(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = export(model, (example,), dynamic_shapes=(dims,), strict=False)
+        with contextlib.redirect_stderr(io.StringIO()):  # where torch prints the graph of a trace that failed
+            exported = export(model, (example,), dynamic_shapes=(dims,), strict=False)
         decompositions = {**_composites(exported.graph), **_decompositions()}
         if spell_out(exported, decompositions):
             return exported

@@ -274,6 +274,23 @@ def test_models_that_cannot_be_traced(model, message):
     assert report.refusals == caught.value.refusals
 
 
+class BranchesOnData(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum().item() > 0:
+            return x + 1
+        return x
+
+
+def test_a_branch_on_data_is_named_by_its_line_and_nothing_is_printed(capfd):
+    with pytest.raises(Unsupported) as caught:
+        decoder(BranchesOnData(), features(2, 9, 4))
+    (refusal,) = caught.value.refusals
+    assert refusal.kind == "data_dependent"
+    line = BranchesOnData.forward.__code__.co_firstlineno + 1
+    assert refusal.source == f"{__file__}:{line}"
+    assert capfd.readouterr() == ("", "")
+
+
 class Branches(nn.Module):
     """Another function below 20 positions: a branch on the length."""
 
