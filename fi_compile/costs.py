@@ -27,7 +27,7 @@ class Rates:
     sides: of the tiles that were measured. tile: a tile of one block of inputs, per input and channel, at each side;
     block: each further block of inputs. direct: a multiply-add of a direct tile. load: a value on its way from the
     base block to the history or back. row: a row and channel of the sum in the step. piece: beginning a piece of a
-    tile.
+    tile. native: whether tiles are compiled (`mixers.lane_tiles`), which are never direct and keep no spectra of inputs.
     """
 
     sides: tuple[int, ...]
@@ -37,14 +37,15 @@ class Rates:
     load: float
     row: float
     piece: float
+    native: bool = False
 
     def tile_seconds(self, side: int, blocks: float, channels: int) -> dict[str, float]:
-        """A tile of `side` outputs and `blocks` blocks of inputs, by either form."""
+        """A tile of `side` outputs and `blocks` blocks of inputs, by each form there is."""
         transform = self._at(self.tile, side) + self._at(self.block, side) * (blocks - 1)
-        return {
-            "direct": self.piece + channels * self.direct * side * side * blocks,
-            "fft": self.piece + channels * side * transform,
-        }
+        forms = {"fft": self.piece + channels * side * transform}
+        if not self.native:
+            forms["direct"] = self.piece + channels * self.direct * side * side * blocks
+        return forms
 
     def _at(self, values: Sequence[float], side: int) -> float:
         """Between two sides that were measured, a straight line over log2."""
@@ -62,7 +63,7 @@ class Rates:
         total = 0.0
         for side, count in counts.items():
             total += count * min(self.tile_seconds(side, inputs[side] / side / count, channels).values())
-            if schedule.radix > 2:  # spectra of inputs are kept
+            if schedule.radix > 2 and not self.native:  # spectra of inputs are kept
                 total += inputs[side] / schedule.radix * channels * self._at(self.block, side)
             if schedule.deferred:
                 width = max(1, piece_elements(schedule, channels) // (2 * side))
@@ -87,6 +88,16 @@ BUILTIN = Rates(
     load=1.5e-9,
     row=0.25e-9,
     piece=30e-6,
+)
+BUILTIN_NATIVE = Rates(
+    sides=BUILTIN.sides,
+    tile=(1.2e-9, 1.2e-9, 2.0e-9, 2.2e-9, 2.4e-9, 2.7e-9),
+    block=(0.7e-9, 0.7e-9, 1.2e-9, 1.4e-9, 1.5e-9, 1.7e-9),
+    direct=1.2e-9,
+    load=1.5e-9,
+    row=0.25e-9,
+    piece=15e-6,
+    native=True,
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .costs import BUILTIN, Costs, Tiling, choose_tiling
+from .costs import BUILTIN, BUILTIN_NATIVE, Costs, Tiling, choose_tiling
 from .mixers.convolution import Convolution
 from .mixers.stack import FilterBank, state_dtype
 from .options import Options
@@ -72,7 +72,7 @@ def derive(
     """Evaluate everything that does not depend on the sequence, up to the step's capacity.
 
     ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, are what each mixer derived
-    in double precision, rounded here, once, to ``dtype``. ``kernels``: what runs the tiles, ``torch`` or ``triton``.
+    in double precision, rounded here, once, to ``dtype``. ``kernels``: what runs the tiles, see :class:`FilterBank`.
     ``keep_history``: whether the inputs of all positions stay at hand, see :class:`FilterBank`.
     """
     constants: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ def derive(
         references[mixer.name] = reference
     if bank is not None:
         constants |= step.by_mixer("block_table", bank.block_table) | step.by_mixer("skip", bank.skip)
-        if bank.source is not None and step.kernels != "torch":
+        if bank.source is not None and step.kernels == "triton":
             constants["source"] = bank.source
     _add_tables(step, values, batch, rewrite, constants, tables)
     return Derived(step, values, dtype, tiling, bank, constants, tables, references, rewrite is not None)
@@ -120,8 +120,10 @@ def tile_step(
     """
     channels = sum(m.layout_out.count * m.fan_in for m in step.stacked)
     measured = channels and device.type == "cpu" and "auto" in (options.block, options.radix)
+    native = step.kernels == "native" and all(m.fan_in == 1 for m in step.stacked)
+    builtin = BUILTIN_NATIVE if native else BUILTIN
     return choose_tiling(
-        _costs(step, device, dtype) or (rates_of_machine() if measured else BUILTIN),
+        _costs(step, device, dtype) or (rates_of_machine(native) if measured else builtin),
         step.capacity,
         channels,
         block=options.block if block is None else block,
@@ -133,7 +135,7 @@ def tile_step(
 
 def _costs(step: StepProgram, device: torch.device, dtype: torch.dtype) -> Costs | None:
     """What tiles by Triton take; None where torch runs them: everywhere, or where channels read several inputs."""
-    if step.kernels == "torch" or any(m.fan_in > 1 for m in step.stacked):
+    if step.kernels != "triton" or any(m.fan_in > 1 for m in step.stacked):
         return None
     from .gpu_costs import GpuCosts
 

@@ -1,8 +1,8 @@
-"""The extension ``between.cpp``: built once by the compiler that builds the steps, and kept on disk.
+"""Code in C++: built once by the compiler that builds the steps, and kept on disk.
 
-It does nothing that is not written in Python too: :meth:`Layers.bind`, :meth:`WeightWatch.unchanged`,
-:meth:`Decoder.step` and the backend are its callers. Without a compiler they take a few times as long, and compute
-the same.
+The extension ``between.cpp`` does nothing that is not written in Python too: :meth:`Layers.bind`,
+:meth:`WeightWatch.unchanged`, :meth:`Decoder.step` and the backend are its callers. Tiles by ``kernels/tile_lanes.cpp``
+are torch's where it cannot be built. Without a compiler everything takes a few times as long, and computes the same.
 """
 
 from __future__ import annotations
@@ -13,23 +13,30 @@ import importlib
 import importlib.machinery
 import importlib.util
 import logging
+import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .kept import cache_directory, keep, known, machine
+from .kernels import tile_lanes
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _found: list[Any] = []  # the extension, once it was looked for
-_lock = threading.Lock()
+_found_lanes: list[tile_lanes.Lanes | None] = []  # and the tiles
+_lock, _lanes_lock = threading.Lock(), threading.Lock()
 
 _SOURCE = Path(__file__).with_name("between.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 
 
 def between() -> Any | None:
@@ -55,7 +62,7 @@ def places(tensors: list[Tensor]) -> bytes | None:
 
 def prepare() -> None:
     """Begin to build the extension, where it has to be built, in a thread of its own."""
-    if not _found and not _place().with_suffix(".json").exists():
+    if not _found and not _place(_SOURCE).with_suffix(".json").exists():
         with contextlib.suppress(ImportError):
             importlib.import_module(
                 "torch._inductor.cpp_builder"
@@ -63,26 +70,53 @@ def prepare() -> None:
         threading.Thread(target=between, name="flashinf extension").start()
 
 
+def lanes() -> tile_lanes.Lanes | None:
+    """Tiles for this processor, or None where they cannot be built."""
+    if not _found_lanes:
+        with _lanes_lock:
+            if not _found_lanes:
+                made = _kept_or_built(tile_lanes.SOURCE, _compiled, tile_lanes.Lanes)
+                _found_lanes.append(made)
+    return _found_lanes[0]
+
+
 def _between() -> Any | None:
+    return _kept_or_built(_SOURCE, _built, _loaded)
+
+
+def _kept_or_built(source: Path, build: Callable[[Path], Path], load: Callable[[Path], T]) -> T | None:
+    """What a source is as a library: the one kept on disk, or a new one; None where there is none to be had."""
     try:
-        place = _place()
+        place = _place(source)
         try:
             library = known(place)
             if library is not None:
-                return _loaded(library)
+                return load(library)
         except Exception as error:
-            log.info("the extension in %s is not usable, and is built anew: %s", place, error)
+            log.info("the library in %s is not usable, and is built anew: %s", place, error)
         with tempfile.TemporaryDirectory() as folder:
-            return _loaded(keep(_built(Path(folder)), place))
+            return load(keep(build(Path(folder)), place))
     except Exception as error:
-        log.info("steps run without the extension: %s: %s", type(error).__name__, error)
+        log.info("%s is done without: %s: %s", source.name, type(error).__name__, error)
         return None
 
 
-def _place() -> Path:
-    made_by = torch.__version__, sys.implementation.cache_tag, machine()
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr(made_by).encode()).hexdigest()
+def _place(source: Path) -> Path:
+    made_by = torch.__version__, sys.implementation.cache_tag, machine(), _FLAGS
+    key = hashlib.sha256(source.read_bytes() + repr(made_by).encode()).hexdigest()
     return cache_directory() / "extension" / key
+
+
+def _compiled(folder: Path) -> Path:
+    """Without torch's headers and flags: these forbid a product and a sum in one instruction."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    library = folder / "tile_lanes.so"
+    command = [get_cpp_compiler(), *_FLAGS, str(tile_lanes.SOURCE), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-2000:])
+    return library
 
 
 def _built(folder: Path) -> Path:

@@ -22,54 +22,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .costs import BUILTIN, Rates
+from .costs import BUILTIN, BUILTIN_NATIVE, Rates
 from .errors import FlashinfWarning
 from .kept import cache_directory
 from .kernels.tile import add_tile_direct
+from .mixers.lane_tiles import LaneTiles
 from .mixers.tile_work import KeptSpectra
 from .mixers.tiles import TorchTiles
 from .schedule import Tile
 
-VERSION = 2
+VERSION = 3
 # Values of each array that is measured on: together they fit in no cache.
 _VALUES = 1 << 22
 # How long a rate is tried at least. Two threads beside another process wait for each other most of the time.
 _SECONDS = 0.1
 
 
-def rates_of_machine() -> Rates:
-    """The rates of this machine at the present number of threads: from the cache, or measured and put there."""
+def rates_of_machine(native: bool = False) -> Rates:
+    """The rates of this machine at the present number of threads: from the cache, or measured and put there.
+
+    native: with compiled tiles.
+    """
     if os.environ.get("FLASHINF_COSTS") == "builtin":
-        return BUILTIN
-    return _rates(str(cache_file()), torch.get_num_threads())
+        return BUILTIN_NATIVE if native else BUILTIN
+    return _rates(str(cache_file()), torch.get_num_threads(), native)
 
 
 @cache
-def _rates(path: str, threads: int) -> Rates:
-    file = Path(path)
+def _rates(path: str, threads: int, native: bool) -> Rates:
+    file, name = Path(path), f"{threads} native" if native else str(threads)
     known = _read(file)
-    found = known.get(str(threads))
+    found = known.get(name)
     if found is None:
-        found = known[str(threads)] = measure_rates()
+        found = known[name] = measure_rates(native)
         _write(file, known)
     return found
 
 
-def measure_rates() -> Rates:
+def measure_rates(native: bool = False) -> Rates:
     """Run tiles of several sides on data that is in no cache: a second or two."""
     with torch.inference_mode(False), torch.no_grad():
-        data = torch.randn(3, _VALUES)
-        one, three = ([_time_tile(data, side, blocks) for side in BUILTIN.sides] for blocks in (1, 3))
+        data, make = torch.randn(3, _VALUES), LaneTiles if native else TorchTiles
+        one, three = ([_time_tile(make, data, side, blocks) for side in BUILTIN.sides] for blocks in (1, 3))
         block = tuple(max(0.0, (many - few) / 2) for few, many in zip(one, three, strict=True))
-        return Rates(
-            BUILTIN.sides, tuple(one), block, _time_direct(), _time_load(data[0]), _time_row(), _time_piece()
-        )
+        others = _time_direct(), _time_load(data[0]), _time_row(), _time_piece(make)
+        return Rates(BUILTIN.sides, tuple(one), block, *others, native)
 
 
-def _time_tile(data: Tensor, side: int, blocks: int) -> float:
-    """A tile of some blocks of inputs of which only the newest is transformed, per value of a block."""
+def _time_tile(make: type[TorchTiles], data: Tensor, side: int, blocks: int) -> float:
+    """A tile of some blocks of inputs, per value of a block; torch's transform the newest only."""
     filters, history, pending = (part.view(1, -1, 4 * side) for part in data)
-    tiles, kept = TorchTiles(filters[0], None, None), KeptSpectra()
+    tiles, kept = make(filters[0], None, None), KeptSpectra()
     tile = Tile(range((3 - blocks) * side, 3 * side), range(3 * side, 4 * side), side)
 
     work = tiles.begin(tile, history, pending, kept)
@@ -102,8 +105,8 @@ def _time_row(channels: int = 512, rows: int = 32, times: int = 50) -> float:
     return _fastest(lambda: [torch.dot(inputs, weights) for _ in range(times)]) / times / rows / channels
 
 
-def _time_piece(times: int = 50) -> float:
-    tiles, little = TorchTiles(torch.zeros(1, 128), None, None), torch.zeros(1, 1, 128)
+def _time_piece(make: type[TorchTiles], times: int = 50) -> float:
+    tiles, little = make(torch.zeros(1, 128), None, None), torch.zeros(1, 1, 128)
     work = tiles.begin(Tile(range(32), range(32, 64)), little, little, KeptSpectra())
     return _fastest(lambda: [work.run(0) for _ in range(times)]) / times
 
@@ -167,7 +170,7 @@ def _checked(given: dict[str, Any]) -> Rates:
         raise ValueError("it lists other tiles")
     if not all(0 <= x < 1 for x in (*tile, *block, direct, load, row, piece)):
         raise ValueError("a rate is out of range")
-    return Rates(sides, tile, block, direct, load, row, piece)
+    return Rates(sides, tile, block, direct, load, row, piece, bool(given["native"]))
 
 
 def _write(file: Path, known: dict[str, Rates]) -> None:

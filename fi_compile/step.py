@@ -76,7 +76,7 @@ class StepProgram:
         So that the layers of a model are the same program on other tensors. One launch of a Triton kernel serves all
         layers: it reads the whole.
         """
-        if self.kernels != "torch":
+        if self.kernels == "triton":
             return {name: whole}
         views, start = {}, 0
         for mixer in self.stacked:
@@ -198,7 +198,7 @@ class _Run:
         return value if widened else value.to(dtype)
 
     def stack(self, mixer: Convolution, x: Tensor) -> Tensor:
-        if self.step.kernels != "torch":
+        if self.step.kernels == "triton":
             return self.stack_at_once(mixer, x)
         inputs, pending, table, skip = (self.t[f"{name}:{mixer.name}"] for name in _CHANNELS)
         source = self.t.get(f"source:{mixer.name}")

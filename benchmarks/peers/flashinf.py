@@ -11,6 +11,7 @@ from benchmarks.compiled import compiled
 from fi_compile.costs import choose_tiling
 from fi_compile.kernels.block import block_step
 from fi_compile.mixers.stack import ConvState, FilterBank
+from fi_compile.mixers.tiles import choose_kernels
 from fi_compile.rates import rates_of_machine
 
 from .base import Peer
@@ -31,9 +32,10 @@ class Flashinf(Peer):
     def __init__(self, filters: Tensor) -> None:
         """The history is the state's own."""
         channels, length = filters.shape
-        self.tiling = choose_tiling(rates_of_machine(), length, channels)  # what a decoder would choose
+        kernels = choose_kernels("auto", filters.device)  # what a decoder would choose, as all here
+        self.tiling = choose_tiling(rates_of_machine(kernels == "native"), length, channels)
         self.bank = FilterBank(
-            filters, channels_in=channels, block=self.tiling.block, radix=self.tiling.radix
+            filters, channels_in=channels, block=self.tiling.block, radix=self.tiling.radix, kernels=kernels
         )
         self.state = ConvState(self.bank, 1)
         self.filters = self.bank.filters

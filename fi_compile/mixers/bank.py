@@ -12,12 +12,13 @@ from fi_compile.kernels.block import block_table
 from fi_compile.kernels.prefix import write_prefix
 from fi_compile.schedule import SLACK, Schedule, Tile
 
+from .lane_tiles import LaneTiles
 from .pairs import count_pairs
 from .tile_work import KeptSpectra, TileWork
 from .tiles import TorchTiles
 from .triton_tiles import TritonTiles
 
-TILES = {"torch": TorchTiles, "triton": TritonTiles}
+TILES = {"torch": TorchTiles, "native": LaneTiles, "triton": TritonTiles}
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,8 +33,8 @@ class FilterBank:
     source: int64 [Cout], the input channel of each output channel; None where they are the same. filter_index: int64
     [Cout], the filter of each output channel; None where each has its own. block: the base block K. target: int64 [P],
     ascending, where output channels read several inputs each: `source` and `filter_index` then count pairs, and pair p
-    belongs to output channel `target[p]`; None where a pair is an output channel. kernels: `torch` or `triton`, what
-    runs the tiles (see `tiles`).
+    belongs to output channel `target[p]`; None where a pair is an output channel. kernels: `torch`, `native`
+    or `triton`, what runs the tiles (see `tiles`).
 
     reach: the number of lags from the first to the last that is not zero, where a sequence may go on beyond the
     capacity; None where it ends there. A state then drops inputs that no filter reaches any more, and keeps
@@ -105,7 +106,7 @@ class FilterBank:
                 f"filters that reach {reach} lags need a capacity of two halves, each of whole blocks and"
                 f" of {reach + SLACK - 1} positions or more; found {self.capacity}"
             )
-        chosen = kernels if target is None else "torch"  # the Triton kernels know no pairs
+        chosen = kernels if target is None else "torch"  # the others know no pairs
         self.tiles = TILES[chosen](
             self.filters[:, : self.capacity], self.source, self.filter_index, self.target
         )

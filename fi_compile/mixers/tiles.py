@@ -1,7 +1,7 @@
-"""How a bank of filters runs its tiles: with torch here, or with Triton kernels (`triton_tiles`).
+"""How a bank of filters runs its tiles: with torch here, compiled for a CPU (`lane_tiles`) or by Triton (`triton_tiles`).
 
-Both take the state of a stack, history and pending [B, C, capacity], and add what one tile contributes. They differ
-in how that state lies in memory: transforms of torch want positions contiguous, the kernels channels.
+All take the state of a stack, history and pending [B, C, capacity], and add what one tile contributes. They differ
+in how that state lies in memory: transforms on a CPU want positions contiguous, Triton's kernels channels.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fi_compile.errors import InputError
+from fi_compile.extension import lanes
 from fi_compile.kernels.channels import chunk_width, take, transform
 from fi_compile.kernels.tile import add_products, add_tile_direct, add_tile_fft, tile_cost, tile_spectrum
 from fi_compile.schedule import Schedule, Tile
@@ -20,10 +21,18 @@ from .tile_work import KeptSpectra, TileWork, operations_of
 
 
 def choose_kernels(option: str, device: torch.device) -> str:
-    """`torch` or `triton` for a device: what the option says, or for `auto` Triton on GPUs that it serves.
+    """`torch`, `native` or `triton` for a device: what the option says, or for `auto` what is fastest of those that run.
 
-    Raises InputError where Triton is asked for and cannot run.
+    Raises InputError where what is asked for cannot run.
     """
+    if option == "native" or (option == "auto" and device.type == "cpu"):
+        if device.type == "cpu" and lanes() is not None:
+            return "native"
+        if option == "native":
+            raise InputError(
+                f"option kernels='native': expected a model on the CPU and a C++ compiler (g++), found {device.type!r}"
+                f"{'' if lanes() else ' and none that builds the tiles'}; use kernels='auto'"
+            )
     if option == "torch" or (option == "auto" and device.type != "cuda"):
         return "torch"
     from fi_compile.kernels.gpu import capable, runs_on

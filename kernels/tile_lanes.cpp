@@ -1,0 +1,482 @@
+// Tiles by transforms across SIMD lanes: every lane is a channel, so that butterflies need no shuffles; tile_lanes.py.
+//
+// U real inputs u of a channel meet the lags 1 ... 2U - 1 (shifted by whole sides where inputs are further off) in a
+// cyclic convolution of length 2U, whose upper half is the tile. Even and odd positions are the two parts of one complex
+// sequence z of M = U values, so that transforms are of length M without a pass that takes real sequences apart. Forward
+// by decimation in frequency leaves the spectrum in bit-reversed order, inverse by decimation in time takes it from
+// there: nothing is ever reordered. The lower half of z is zero on the way in and not asked for on the way out, and both
+// passes that would meet it are cut in half. In bit-reversed order the frequencies k and M - k, which the product needs
+// together, mirror each other within each block of 2^j ... 2^(j+1) - 1.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+#include <vector>
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+template <typename T>
+constexpr int kLanes = kBytes / sizeof(T);
+template <typename T>
+struct Vector {
+  typedef T type __attribute__((vector_size(kBytes)));
+  typedef T unaligned __attribute__((vector_size(kBytes), aligned(sizeof(T))));
+};
+template <typename T>
+using V = typename Vector<T>::type;
+template <typename T>
+using Loose = typename Vector<T>::unaligned;
+
+// A complex number in every lane; R: a vector, or one number for all lanes.
+template <typename R>
+struct Complex {
+  R re, im;
+};
+
+template <typename R>
+INLINE Complex<R> operator+(Complex<R> a, Complex<R> b) {
+  return {a.re + b.re, a.im + b.im};
+}
+template <typename R>
+INLINE Complex<R> operator-(Complex<R> a, Complex<R> b) {
+  return {a.re - b.re, a.im - b.im};
+}
+template <typename R, typename S>
+INLINE Complex<R> operator*(Complex<R> a, Complex<S> b) {
+  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+template <typename R>
+INLINE Complex<R> conjugate(Complex<R> a) {
+  return {a.re, -a.im};
+}
+template <typename R>
+INLINE Complex<R> times_i(Complex<R> a) {
+  return {-a.im, a.re};
+}
+
+int log2_of(int64_t n) {
+  int log = 0;
+  while ((int64_t(1) << log) < n) ++log;
+  return log;
+}
+
+template <typename T>
+Complex<T> root(double numerator, double denominator) {  // exp(-2 pi i numerator / denominator)
+  const double angle = -2 * 3.141592653589793238463 * numerator / denominator;
+  return {T(std::cos(angle)), T(std::sin(angle))};
+}
+
+// The roots of unity that transforms of one size need.
+template <typename T>
+struct Roots {
+  std::vector<std::vector<Complex<T>>> passes;  // [log2 m][m / 4][3]: w^j, w^2j, w^3j with w = exp(-2 pi i / m)
+  std::vector<Complex<T>> met;  // exp(-2 pi i k / M) in the order in which `multiply` meets the frequencies k
+
+  explicit Roots(int64_t size) {
+    for (int64_t m = 1; m <= size; m *= 2) {
+      passes.emplace_back();
+      for (int64_t j = 0; m >= 8 && j < m / 4; ++j)
+        for (int p = 1; p <= 3; ++p) passes.back().push_back(root<T>(double(p * j), double(m)));
+    }
+    const auto add = [&](int64_t place) {
+      int64_t k = 0;
+      for (int64_t bit = 1, top = size / 2; top; bit *= 2, top /= 2) k += place & bit ? top : 0;
+      met.push_back(root<T>(double(k), double(size)));
+    };
+    add(0), add(1);
+    for (int64_t block = 2; block < size; block *= 2)
+      for (int64_t i = 0; i < block / 2; ++i) add(block + i);
+  }
+
+  // Made on first use, and kept.
+  static const Roots& of(int64_t size) {
+    static std::mutex lock;
+    static std::unique_ptr<Roots> known[64];
+    const std::lock_guard<std::mutex> guard(lock);
+    auto& found = known[log2_of(size)];
+    if (!found) found = std::make_unique<Roots>(size);
+    return *found;
+  }
+};
+
+// Sizes from which on a transform fits into the nearest cache and goes pass by pass, not part by part.
+constexpr int64_t kNear = 256;
+
+template <typename T>
+struct Transform {
+  using C = Complex<V<T>>;
+
+  // A pass of radix 4, two of radix 2 in one: parts come out in bit-reversed order.
+  static INLINE void pass(C* x, int64_t m, const Complex<T>* w) {
+    const int64_t q = m / 4;
+    for (int64_t j = 0; j < q; ++j, w += 3) {
+      const C a = x[j], b = x[j + q], c = x[j + 2 * q], d = x[j + 3 * q];
+      const C s = a + c, e = a - c, t = b + d, f = times_i(b - d);
+      x[j] = s + t;
+      x[j + q] = (s - t) * w[1];
+      x[j + 2 * q] = (e - f) * w[0];
+      x[j + 3 * q] = (e + f) * w[2];
+    }
+  }
+
+  // The same where the upper half is zero, whatever lies there.
+  static void first_pass(C* x, int64_t m, const Complex<T>* w) {
+    const int64_t q = m / 4;
+    for (int64_t j = 0; j < q; ++j, w += 3) {
+      const C a = x[j], b = x[j + q], f = times_i(b);
+      x[j] = a + b;
+      x[j + q] = (a - b) * w[1];
+      x[j + 2 * q] = (a - f) * w[0];
+      x[j + 3 * q] = (a + f) * w[2];
+    }
+  }
+
+  static INLINE void inverse_pass(C* x, int64_t m, const Complex<T>* w) {
+    const int64_t q = m / 4;
+    for (int64_t j = 0; j < q; ++j, w += 3) {
+      const C a = x[j], b = x[j + q] * conjugate(w[1]);
+      const C c = x[j + 2 * q] * conjugate(w[0]), d = x[j + 3 * q] * conjugate(w[2]);
+      const C s = a + b, e = a - b, t = c + d, f = times_i(c - d);
+      x[j] = s + t;
+      x[j + q] = e + f;
+      x[j + 2 * q] = s - t;
+      x[j + 3 * q] = e - f;
+    }
+  }
+
+  // The same where only the upper half is asked for.
+  static void last_pass(C* x, int64_t m, const Complex<T>* w) {
+    const int64_t q = m / 4;
+    for (int64_t j = 0; j < q; ++j, w += 3) {
+      const C a = x[j], b = x[j + q] * conjugate(w[1]);
+      const C c = x[j + 2 * q] * conjugate(w[0]), d = x[j + 3 * q] * conjugate(w[2]);
+      x[j + 2 * q] = (a + b) - (c + d);
+      x[j + 3 * q] = (a - b) - times_i(c - d);
+    }
+  }
+
+  static INLINE void pair(C* x) {
+    const C s = x[0] + x[1], d = x[0] - x[1];
+    x[0] = s, x[1] = d;
+  }
+
+  static INLINE void four(C* x) {
+    const C s = x[0] + x[2], e = x[0] - x[2], t = x[1] + x[3], f = times_i(x[1] - x[3]);
+    x[0] = s + t, x[1] = s - t, x[2] = e - f, x[3] = e + f;
+  }
+
+  static INLINE void inverse_four(C* x) {
+    const C s = x[0] + x[1], e = x[0] - x[1], t = x[2] + x[3], f = times_i(x[2] - x[3]);
+    x[0] = s + t, x[1] = e + f, x[2] = s - t, x[3] = e - f;
+  }
+
+  static void forward(C* x, int log, const Roots<T>& roots) {
+    const int64_t m = int64_t(1) << log;
+    if (m > kNear) {
+      pass(x, m, roots.passes[log].data());
+      for (int part = 0; part < 4; ++part) forward(x + part * (m / 4), log - 2, roots);
+      return;
+    }
+    for (; log > 3; log -= 2)
+      for (int64_t start = 0; start < m; start += int64_t(1) << log)
+        pass(x + start, int64_t(1) << log, roots.passes[log].data());
+    for (int64_t start = 0; start < m; start += int64_t(1) << log) {
+      if (log == 2) {
+        four(x + start);
+      } else {
+        pass(x + start, 8, roots.passes[3].data());
+        for (int i = 0; i < 8; i += 2) pair(x + start + i);
+      }
+    }
+  }
+
+  static void inverse(C* x, int log, const Roots<T>& roots) {
+    const int64_t m = int64_t(1) << log;
+    if (m > kNear) {
+      for (int part = 0; part < 4; ++part) inverse(x + part * (m / 4), log - 2, roots);
+      inverse_pass(x, m, roots.passes[log].data());
+      return;
+    }
+    int part = log % 2 ? 3 : 2;
+    for (int64_t start = 0; start < m; start += int64_t(1) << part) {
+      if (part == 2) {
+        inverse_four(x + start);
+      } else {
+        for (int i = 0; i < 8; i += 2) pair(x + start + i);
+        inverse_pass(x + start, 8, roots.passes[3].data());
+      }
+    }
+    for (part += 2; part <= log; part += 2)
+      for (int64_t start = 0; start < m; start += int64_t(1) << part)
+        inverse_pass(x + start, int64_t(1) << part, roots.passes[part].data());
+  }
+
+  static void parts_forward(C* x, int log, const Roots<T>& roots) {
+    for (int part = 0; part < 4; ++part) forward(x + part * (int64_t(1) << (log - 2)), log - 2, roots);
+  }
+
+  static void parts_inverse(C* x, int log, const Roots<T>& roots) {
+    for (int part = 0; part < 4; ++part) inverse(x + part * (int64_t(1) << (log - 2)), log - 2, roots);
+  }
+
+  // Calls meet(p, q, n) for every pair of places of frequencies k and M - k; n counts them.
+  template <typename F>
+  static INLINE void mirrored(int64_t m, F&& meet) {
+    meet(0, 0, 0), meet(1, 1, 1);
+    int64_t n = 2;
+    for (int64_t block = 2; block < m; block *= 2)
+      for (int64_t i = 0; i < block / 2; ++i) meet(block + i, 2 * block - 1 - i, n++);
+  }
+
+  // The product of spectra, of u with those of the even and the odd lags, divided by 2M as `spectrum` keeps them: into
+  // `to`, or added there. R: a vector, or one number where all lanes share a filter.
+  template <bool Add, typename R>
+  static void multiply(C* to, const C* x, int64_t m, const Complex<R>* filter, const Complex<T>* w) {
+    mirrored(m, [&](int64_t p, int64_t q, int64_t n) {
+      const Complex<R> even = filter[2 * n], odd = filter[2 * n + 1];
+      const C z = x[p], y = conjugate(x[q]);
+      const C a = z + y, d = z - y, b = {d.im, -d.re};  // twice the spectra at even and at odd positions
+      const C e = a * even + (b * w[n]) * odd, o = a * odd + b * even;
+      const C here = {e.re - o.im, e.im + o.re}, there = {e.re + o.im, o.re - e.im};
+      if (Add && p != q) to[q] = to[q] + there;
+      if (!Add && p != q) to[q] = there;
+      to[p] = Add ? to[p] + here : here;
+    });
+  }
+
+  // From the transform of the even lags + i times the odd ones to what `multiply` reads.
+  static void separate(Complex<V<T>>* filter, const C* x, int64_t m) {
+    const T half = T(0.25) / T(m);
+    mirrored(m, [&](int64_t p, int64_t q, int64_t n) {
+      const C z = x[p], y = conjugate(x[q]), d = z - y;
+      filter[2 * n] = {(z.re + y.re) * half, (z.im + y.im) * half};
+      filter[2 * n + 1] = {d.im * half, -d.re * half};
+    });
+  }
+};
+
+// A square of lanes x lanes values in registers, transposed by exchanging halves, quarters, ...
+template <typename T>
+struct Square {
+  static constexpr int n = kLanes<T>;
+  using Index = typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type;
+  typedef Index Mask __attribute__((vector_size(kBytes)));
+
+  template <int S>
+  static INLINE void exchange(V<T>* r) {
+    Mask low, high;
+    for (int i = 0; i < n; ++i) low[i] = i & S ? n + i - S : i, high[i] = i & S ? n + i : i + S;
+    for (int i = 0; i < n; ++i) {
+      if (i & S) continue;
+      const V<T> a = r[i], b = r[i + S];
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i + S] = __builtin_shuffle(a, b, high);
+    }
+  }
+
+  static INLINE void transpose(V<T>* r) {
+    if constexpr (n >= 16) exchange<8>(r);
+    if constexpr (n >= 8) exchange<4>(r);
+    if constexpr (n >= 4) exchange<2>(r);
+    if constexpr (n >= 2) exchange<1>(r);
+  }
+};
+
+// `count` positions of each lane's channel, as one vector a position; beyond them nothing is read.
+template <typename T>
+void gather(V<T>* to, const T* const* rows, int64_t count) {
+  constexpr int n = kLanes<T>;
+  int64_t p = 0;
+  for (; p + n <= count; p += n) {
+    V<T> r[n];
+    for (int c = 0; c < n; ++c) r[c] = *reinterpret_cast<const Loose<T>*>(rows[c] + p);
+    Square<T>::transpose(r);
+    for (int c = 0; c < n; ++c) to[p + c] = r[c];
+  }
+  for (; p < count; ++p)
+    for (int c = 0; c < n; ++c) to[p][c] = rows[c][p];
+}
+
+// The way back, added to the first `lanes` rows.
+template <typename T>
+void scatter_add(T* const* rows, const V<T>* from, int64_t count, int lanes) {
+  constexpr int n = kLanes<T>;
+  int64_t p = 0;
+  for (; p + n <= count; p += n) {
+    V<T> r[n];
+    for (int c = 0; c < n; ++c) r[c] = from[p + c];
+    Square<T>::transpose(r);
+    for (int c = 0; c < lanes; ++c) *reinterpret_cast<Loose<T>*>(rows[c] + p) += r[c];
+  }
+  for (; p < count; ++p)
+    for (int c = 0; c < lanes; ++c) rows[c][p] += from[p][c];
+}
+
+// Memory of a thread's own, aligned, that stays for its next tile.
+template <typename T>
+V<T>* room(int which, int64_t vectors) {
+  struct Room {
+    void* data = nullptr;
+    int64_t bytes = 0;
+    ~Room() { std::free(data); }
+  };
+  static thread_local Room rooms[3];
+  Room& own = rooms[which];
+  if (own.bytes < vectors * kBytes) {
+    std::free(own.data);
+    own.bytes = vectors * kBytes;
+    own.data = std::aligned_alloc(kBytes, size_t(own.bytes));
+  }
+  return reinterpret_cast<V<T>*>(own.data);
+}
+
+}  // namespace
+
+extern "C" {
+
+// What tile_lanes.py hands over. Strides are in values; positions are contiguous.
+struct Filters {
+  const void* filters;  // [F, lags]
+  int64_t stride, lags;
+  int64_t distance;  // of the block of inputs that meets them, in sides
+};
+
+struct Tile {
+  const void* inputs;  // [B, Cin, ...]
+  int64_t inputs_row, inputs_channel;
+  void* outputs;  // [B, Cout, length]
+  int64_t outputs_row, outputs_channel;
+  const int64_t* source;  // the input channel of each output channel, or null
+  const int64_t* shared;  // the filter of each group of lanes, where all of its lanes have one, or null
+  int64_t batch, first, last;  // rows; channels first ... last - 1, first a multiple of the lanes
+  int64_t side, length;
+  int64_t blocks;
+  const int64_t* starts;  // where each block of inputs begins
+  const void* const* spectra;  // of the filters for each block, or null: made of `fresh` on the way
+  Filters fresh;
+  int64_t threads;
+};
+}
+
+namespace {
+
+// The spectra of one group of filters, rows first ... first + lanes - 1 of count (beyond it the last again).
+template <typename T>
+void spectrum_of(Complex<V<T>>* to, const Filters& given, int64_t first, int64_t count, int64_t side) {
+  using F = Transform<T>;
+  constexpr int n = kLanes<T>;
+  const Roots<T>& roots = Roots<T>::of(side);
+  const int64_t begin = (given.distance - 1) * side;
+  const int64_t known = std::max<int64_t>(0, std::min(2 * side, given.lags - begin));
+  const T* rows[n];
+  for (int c = 0; c < n; ++c)
+    rows[c] = static_cast<const T*>(given.filters) + std::min(first + c, count - 1) * given.stride + begin;
+  V<T>* flat = room<T>(0, 2 * side);
+  gather<T>(flat, rows, known);
+  for (int64_t p = known; p < 2 * side; ++p) flat[p] = V<T>{};
+  auto* x = reinterpret_cast<typename F::C*>(flat);
+  F::forward(x, log2_of(side), roots);
+  F::separate(to, x, side);
+}
+
+template <typename T>
+void add_group(const Tile& tile, int64_t group) {
+  using F = Transform<T>;
+  using C = typename F::C;
+  constexpr int n = kLanes<T>;
+  const int64_t side = tile.side, pairs = side / 2 + 1;
+  const int log = log2_of(side);
+  const Roots<T>& roots = Roots<T>::of(side);
+  const int lanes = int(std::min<int64_t>(n, tile.last - group * n));
+  const Complex<V<T>>* made = nullptr;
+  if (!tile.spectra) {
+    auto* to = reinterpret_cast<Complex<V<T>>*>(room<T>(2, 4 * pairs));
+    spectrum_of<T>(to, tile.fresh, group * n, tile.last, side);
+    made = to;
+  }
+  V<T>* sum = room<T>(0, 2 * side);
+  V<T>* next = tile.blocks > 1 ? room<T>(1, 2 * side) : nullptr;
+  for (int64_t b = 0; b < tile.batch; ++b) {
+    for (int64_t block = 0; block < tile.blocks; ++block) {
+      const T* rows[n];
+      for (int c = 0; c < n; ++c) {
+        const int64_t channel = group * n + std::min(c, lanes - 1);
+        rows[c] = static_cast<const T*>(tile.inputs) + b * tile.inputs_row + tile.starts[block] +
+            (tile.source ? tile.source[channel] : channel) * tile.inputs_channel;
+      }
+      V<T>* flat = block ? next : sum;
+      gather<T>(flat, rows, side);
+      C* x = reinterpret_cast<C*>(flat);
+      C* to = reinterpret_cast<C*>(sum);
+      F::first_pass(x, side, roots.passes[log].data());
+      F::parts_forward(x, log, roots);
+      const auto meet = [&](const auto* filter) {
+        if (block) F::template multiply<true>(to, x, side, filter, roots.met.data());
+        else F::template multiply<false>(to, x, side, filter, roots.met.data());
+      };
+      if (tile.shared)
+        meet(static_cast<const Complex<T>*>(tile.spectra[block]) + tile.shared[group] * 2 * pairs);
+      else
+        meet(made ? made : static_cast<const Complex<V<T>>*>(tile.spectra[block]) + group * 2 * pairs);
+    }
+    C* x = reinterpret_cast<C*>(sum);
+    F::parts_inverse(x, log, roots);
+    F::last_pass(x, side, roots.passes[log].data());
+    T* rows[n];
+    for (int c = 0; c < lanes; ++c)
+      rows[c] = static_cast<T*>(tile.outputs) + b * tile.outputs_row + (group * n + c) * tile.outputs_channel;
+    scatter_add<T>(rows, sum + side, tile.length, lanes);
+  }
+}
+
+template <typename F>
+void for_each_group(int64_t first, int64_t last, int64_t threads, F&& body) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t group = first; group < last; ++group) body(group);
+}
+
+template <typename T>
+void add_tile(const Tile& tile) {
+  constexpr int n = kLanes<T>;
+  for_each_group(tile.first / n, (tile.last + n - 1) / n, tile.threads, [&](int64_t group) { add_group<T>(tile, group); });
+}
+
+template <typename T>
+void make_spectra(void* to, const Filters& given, int64_t count, int64_t side, int64_t threads) {
+  constexpr int n = kLanes<T>;
+  for_each_group(0, (count + n - 1) / n, threads, [&](int64_t group) {
+    auto* filter = static_cast<Complex<V<T>>*>(to) + group * 2 * (side / 2 + 1);
+    spectrum_of<T>(filter, given, group * n, count, side);
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+int lanes(int bytes) { return kBytes / bytes; }
+
+void add_tile_float(const Tile* tile) { add_tile<float>(*tile); }
+void add_tile_double(const Tile* tile) { add_tile<double>(*tile); }
+
+void make_spectra_float(void* to, const Filters* given, int64_t count, int64_t side, int64_t threads) {
+  make_spectra<float>(to, *given, count, side, threads);
+}
+void make_spectra_double(void* to, const Filters* given, int64_t count, int64_t side, int64_t threads) {
+  make_spectra<double>(to, *given, count, side, threads);
+}
+}

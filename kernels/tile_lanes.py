@@ -1,0 +1,171 @@
+"""A tile on the CPU: transforms across SIMD lanes, each lane a channel, from rows of the state and back in one call.
+
+`tile_lanes.cpp` is compiled for the processor it runs on and loaded here; the reference and torch's form are in `tile`.
+The transforms are the radix-2 decimations of Cooley and Tukey (1965), two passes in one; two halves that are zero, or
+not asked for, are left out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("tile_lanes.cpp")
+SMALLEST = 16  # inputs of a tile
+# Values of a tile below which a second thread is not worth waking.
+_SHARED = 1 << 14
+
+_Pointer, _Int = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Filters(ctypes.Structure):
+    _fields_ = [("filters", _Pointer), ("stride", _Int), ("lags", _Int), ("distance", _Int)]
+
+
+class _Tile(ctypes.Structure):
+    _fields_ = [
+        ("inputs", _Pointer), ("inputs_row", _Int), ("inputs_channel", _Int),
+        ("outputs", _Pointer), ("outputs_row", _Int), ("outputs_channel", _Int),
+        ("source", _Pointer), ("shared", _Pointer),
+        ("batch", _Int), ("first", _Int), ("last", _Int),
+        ("side", _Int), ("length", _Int),
+        ("blocks", _Int), ("starts", _Pointer), ("spectra", _Pointer), ("fresh", _Filters),
+        ("threads", _Int),
+    ]  # fmt: skip
+
+
+class Lanes:
+    """The compiled form.
+
+    library: a file that `tile_lanes.cpp` was compiled to. Raises OSError where it cannot be loaded.
+    """
+
+    def __init__(self, library: Path) -> None:
+        code = ctypes.CDLL(str(library))
+        names = {torch.float32: "float", torch.float64: "double"}
+        self._add = {dtype: getattr(code, f"add_tile_{name}") for dtype, name in names.items()}
+        self._make = {dtype: getattr(code, f"make_spectra_{name}") for dtype, name in names.items()}
+        self._lanes = {dtype: int(code.lanes(dtype.itemsize)) for dtype in names}
+
+    def serves(self, side: int) -> bool:
+        """Whether there are tiles of `side` inputs: a power of two, `SMALLEST` or more."""
+        return side >= SMALLEST and side & (side - 1) == 0
+
+    def lanes(self, dtype: torch.dtype) -> int:
+        """Channels that one group of lanes holds."""
+        return self._lanes[dtype]
+
+    def spectra_shape(self, filters: int, side: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+        """Of the spectra of so many filters: [groups, side / 2 + 1, even and odd lags, real and imaginary, lanes]."""
+        lanes = self._lanes[dtype]
+        return -(-filters // lanes), side // 2 + 1, 2, 2, lanes
+
+    def spectra(self, filters: Tensor, side: int, distance: int = 1) -> Tensor:
+        """What tiles of `side` inputs, `distance` sides before their outputs, read of filters [F, T].
+
+        Lags (distance - 1) · side ... (distance + 1) · side - 1; those beyond T count as zero. A frequency's partner is
+        met with it, so that half of them are kept, in the order in which the transform leaves them.
+        """
+        made = filters.new_empty(self.spectra_shape(len(filters), side, filters.dtype))
+        given = _filters(filters, distance)
+        self._make[filters.dtype](
+            _Pointer(made.data_ptr()),
+            ctypes.byref(given),
+            _Int(len(filters)),
+            _Int(side),
+            _Int(_threads(filters.numel())),
+        )
+        return made
+
+    def add(
+        self,
+        outputs: Tensor,
+        inputs: Tensor,
+        side: int,
+        blocks: Sequence[tuple[int, Tensor]],
+        source: Tensor | None = None,
+        channels: tuple[int, int] | None = None,
+        shared: Tensor | None = None,
+    ) -> None:
+        """Add to `outputs` [B, Cout, V <= side] what blocks of `side` inputs contribute.
+
+        inputs: [B, Cin, ...], positions contiguous in both; blocks: where each begins there, and the spectra for its
+        distance; source: int64 [Cout] or None (see `channels`). channels: the range of output channels that is computed,
+        from a multiple of `lanes` on; all where it is None. shared: int64 [groups], the one filter that all channels of
+        a group of lanes have, and spectra as `one_by_one` lays them; or None. Nothing is checked.
+        """
+        pointers = (_Pointer * len(blocks))(*(spectra.data_ptr() for _, spectra in blocks))
+        starts = [start for start, _ in blocks]
+        self._run(outputs, inputs, side, starts, pointers, None, source, channels, shared)
+
+    def add_once(
+        self,
+        outputs: Tensor,
+        inputs: Tensor,
+        side: int,
+        start: int,
+        distance: int,
+        filters: Tensor,
+        source: Tensor | None = None,
+        channels: tuple[int, int] | None = None,
+    ) -> None:
+        """The same for one block and spectra that are not worth keeping, of filters [Cout, T]."""
+        self._run(outputs, inputs, side, [start], None, _filters(filters, distance), source, channels, None)
+
+    def _run(
+        self,
+        outputs: Tensor,
+        inputs: Tensor,
+        side: int,
+        starts: Sequence[int],
+        spectra: ctypes.Array[_Pointer] | None,
+        fresh: _Filters | None,
+        source: Tensor | None,
+        channels: tuple[int, int] | None,
+        shared: Tensor | None,
+    ) -> None:
+        batch, every, length = outputs.shape
+        first, last = channels or (0, every)
+        begins = _integers(starts)
+        tile = _Tile(
+            inputs.data_ptr(), inputs.stride(0), inputs.stride(1),
+            outputs.data_ptr(), outputs.stride(0), outputs.stride(1),
+            None if source is None else source.data_ptr(),
+            None if shared is None else shared.data_ptr(),
+            batch, first, last, side, length,
+            len(starts), ctypes.addressof(begins),
+            None if spectra is None else ctypes.addressof(spectra),
+            fresh or _Filters(),
+            _threads(batch * (last - first) * side),
+        )  # fmt: skip
+        self._add[outputs.dtype](ctypes.byref(tile))
+
+
+def one_by_one(spectra: Tensor, filters: int) -> Tensor:
+    """Spectra of groups of lanes as those of one filter after the other: [F, side / 2 + 1, 2, 2]."""
+    groups, pairs, lanes = spectra.shape[0], spectra.shape[1], spectra.shape[-1]
+    return spectra.permute(0, 4, 1, 2, 3).reshape(groups * lanes, pairs, 2, 2)[:filters].contiguous()
+
+
+def _filters(filters: Tensor, distance: int) -> _Filters:
+    return _Filters(filters.data_ptr(), filters.stride(0), filters.shape[1], distance)
+
+
+def _integers(values: Sequence[int]) -> ctypes.Array[_Int]:
+    return (_Int * len(values))(*values)
+
+
+def _threads(values: int) -> int:
+    return torch.get_num_threads() if values >= _SHARED else 1
+
+
+def lanes_cost(side: int) -> dict[str, float]:
+    """Bytes and floating-point operations of one channel of a tile by these transforms, in float32."""
+    from math import log2
+
+    passes = log2(side) / 2 - 0.5  # of radix 4; the first and the last are halves
+    return {"bytes": 4.0 * (side + 2 * side) + 8.0 * (side + 2), "flops": side * (2 * 8.5 * passes + 14)}
