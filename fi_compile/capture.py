@@ -364,7 +364,9 @@ def _attribute(model: nn.Module, path: str) -> Tensor:
 
 def _trace_refusal(error: Exception) -> Refusal:
     if isinstance(error, GuardOnDataDependentSymNode):
-        own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, _HERE))]
+        own = [
+            f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, _HERE))
+        ]
         return Refusal(
             "data_dependent",
             f"the forward branches on a number computed from data, {error.cond}, which a trace cannot follow",

@@ -27,7 +27,7 @@ class Rates:
     sides: of the tiles that were measured. tile: a tile of one block of inputs, per input and channel, at each side;
     block: each further block of inputs. direct: a multiply-add of a direct tile. load: a value on its way from the
     base block to the history or back. row: a row and channel of the sum in the step. piece: beginning a piece of a
-    tile. native: whether tiles are compiled (`mixers.lane_tiles`), which are never direct and keep no spectra of inputs.
+    tile. native: whether tiles are compiled (`mixers.lane_tiles`): none is direct, no spectra of inputs are kept.
     """
 
     sides: tuple[int, ...]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .kept import cache_directory, keep, known, machine
 from .kernels import tile_lanes
+from .kernels.tile import tile_reference
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def lanes() -> tile_lanes.Lanes | None:
     if not _found_lanes:
         with _lanes_lock:
             if not _found_lanes:
-                made = _kept_or_built(tile_lanes.SOURCE, _compiled, tile_lanes.Lanes)
+                made = _kept_or_built(tile_lanes.SOURCE, _compiled, _loaded_lanes)
                 _found_lanes.append(made)
     return _found_lanes[0]
 
@@ -137,6 +138,27 @@ def _loaded(library: Path) -> Any:
     if not _works(module):
         raise RuntimeError("it reads tensors in another way than this torch keeps them")
     return module
+
+
+def _loaded_lanes(library: Path) -> tile_lanes.Lanes:
+    code = tile_lanes.Lanes(library)
+    if not all(_adds_up(code, dtype) for dtype in (torch.float32, torch.float64)):
+        raise RuntimeError("its tiles are not those of the definition")
+    return code
+
+
+def _adds_up(code: tile_lanes.Lanes, dtype: torch.dtype, side: int = 32) -> bool:
+    """Whether a tile is what it should be."""
+    with torch.inference_mode(False), torch.no_grad():
+        values = torch.arange(2.0 * side, dtype=dtype)
+        inputs, filters = (
+            values[:side].cos().expand(1, 3, side),
+            values.sin().expand(3, 2 * side).contiguous(),
+        )
+        outputs = torch.zeros(1, 3, side, dtype=dtype)
+        code.add(outputs, inputs.contiguous(), side, [(0, code.spectra(filters, side))])
+        expected = tile_reference(inputs.double(), filters.double(), side)
+        return bool((outputs - expected).abs().max() < 100 * torch.finfo(dtype).eps)
 
 
 def _works(module: Any) -> bool:

@@ -31,8 +31,8 @@ class Options:
     ``latency``: ``throughput``, or ``bounded``: every step does its share of the tiles, so that none takes long.
     ``keep_history``: False halves the state of long convolutions where ``max_length`` is known, and makes going back
     cost a forward.
-    ``kernels``: what runs the convolutions, ``torch``, ``native`` (tiles compiled for this CPU) or ``triton``; ``auto``:
-    Triton on a GPU, on the CPU ``native`` where there is a compiler.
+    ``kernels``: what runs the convolutions, ``torch``, ``native`` (tiles compiled for this CPU) or ``triton``;
+    ``auto``: Triton on a GPU, ``native`` on a CPU where there is a compiler.
     ``step``: how a step runs, ``aot`` (native libraries kept on disk), ``inductor`` or ``eager`` (no compiler, slow,
     for tests); ``auto``: ``aot`` on the CPU, ``inductor`` elsewhere.
     ``fallback``: what runs a model that is refused under ``torch.compile``.

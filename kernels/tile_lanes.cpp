@@ -115,6 +115,8 @@ struct Roots {
 
 // Sizes from which on a transform fits into the nearest cache and goes pass by pass, not part by part.
 constexpr int64_t kNear = 256;
+// Sides up to which rows are so short that the processor does not see them coming.
+constexpr int64_t kFetched = 64;
 
 template <typename T>
 struct Transform {
@@ -370,6 +372,15 @@ struct Tile {
   Filters fresh;
   int64_t threads;
 };
+
+struct Block {
+  void* rows;  // [K, B, C], channels contiguous
+  int64_t rows_position, rows_batch;
+  void* columns;  // [B, C, K], positions contiguous
+  int64_t columns_batch, columns_channel;
+  int64_t positions, batch, channels;
+  int64_t threads;
+};
 }
 
 namespace {
@@ -394,6 +405,11 @@ void spectrum_of(Complex<V<T>>* to, const Filters& given, int64_t first, int64_t
 }
 
 template <typename T>
+INLINE void fetch(const T* row, int64_t count) {
+  for (int64_t p = 0; p < count; p += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + p, 1);
+}
+
+template <typename T>
 void add_group(const Tile& tile, int64_t group) {
   using F = Transform<T>;
   using C = typename F::C;
@@ -407,6 +423,10 @@ void add_group(const Tile& tile, int64_t group) {
     auto* to = reinterpret_cast<Complex<V<T>>*>(room<T>(2, 4 * pairs));
     spectrum_of<T>(to, tile.fresh, group * n, tile.last, side);
     made = to;
+  }
+  if (side <= kFetched) {
+    for (int c = 0; c < lanes; ++c)
+      fetch(static_cast<const T*>(tile.outputs) + (group * n + c) * tile.outputs_channel, tile.length);
   }
   V<T>* sum = room<T>(0, 2 * side);
   V<T>* next = tile.blocks > 1 ? room<T>(1, 2 * side) : nullptr;
@@ -455,6 +475,41 @@ void add_tile(const Tile& tile) {
   for_each_group(tile.first / n, (tile.last + n - 1) / n, tile.threads, [&](int64_t group) { add_group<T>(tile, group); });
 }
 
+// Between a block, position-major, and the columns of the state. In: from rows to columns; else the way back.
+template <typename T, bool In>
+void move_group(const Block& block, int64_t group) {
+  constexpr int n = kLanes<T>;
+  const int64_t first = group * n, lanes = std::min<int64_t>(n, block.channels - first);
+  for (int64_t b = 0; b < block.batch; ++b) {
+    T* rows = static_cast<T*>(block.rows) + b * block.rows_batch + first;
+    T* columns = static_cast<T*>(block.columns) + b * block.columns_batch + first * block.columns_channel;
+    int64_t p = 0;
+    for (; lanes == n && p + n <= block.positions; p += n) {
+      V<T> r[n];
+      for (int i = 0; i < n; ++i)
+        r[i] = *reinterpret_cast<Loose<T>*>(In ? rows + (p + i) * block.rows_position : columns + i * block.columns_channel + p);
+      Square<T>::transpose(r);
+      for (int i = 0; i < n; ++i)
+        *reinterpret_cast<Loose<T>*>(In ? columns + i * block.columns_channel + p : rows + (p + i) * block.rows_position) = r[i];
+    }
+    for (; p < block.positions; ++p)
+      for (int64_t c = 0; c < lanes; ++c) {
+        T& row = rows[p * block.rows_position + c];
+        T& column = columns[c * block.columns_channel + p];
+        (In ? column : row) = In ? row : column;
+      }
+  }
+}
+
+template <typename T>
+void move_block(const Block& block, bool in) {
+  const int64_t groups = (block.channels + kLanes<T> - 1) / kLanes<T>;
+  for_each_group(0, groups, block.threads, [&](int64_t group) {
+    if (in) move_group<T, true>(block, group);
+    else move_group<T, false>(block, group);
+  });
+}
+
 template <typename T>
 void make_spectra(void* to, const Filters& given, int64_t count, int64_t side, int64_t threads) {
   constexpr int n = kLanes<T>;
@@ -472,6 +527,9 @@ int lanes(int bytes) { return kBytes / bytes; }
 
 void add_tile_float(const Tile* tile) { add_tile<float>(*tile); }
 void add_tile_double(const Tile* tile) { add_tile<double>(*tile); }
+
+void move_block_float(const Block* block, int64_t in) { move_block<float>(*block, in); }
+void move_block_double(const Block* block, int64_t in) { move_block<double>(*block, in); }
 
 void make_spectra_float(void* to, const Filters* given, int64_t count, int64_t side, int64_t threads) {
   make_spectra<float>(to, *given, count, side, threads);

@@ -16,8 +16,8 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("tile_lanes.cpp")
 SMALLEST = 16  # inputs of a tile
-# Values of a tile below which a second thread is not worth waking.
-_SHARED = 1 << 14
+# Values below which a second thread is not worth waking.
+_SHARED = 1 << 17
 
 _Pointer, _Int = ctypes.c_void_p, ctypes.c_int64
 
@@ -38,6 +38,15 @@ class _Tile(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _Block(ctypes.Structure):
+    _fields_ = [
+        ("rows", _Pointer), ("rows_position", _Int), ("rows_batch", _Int),
+        ("columns", _Pointer), ("columns_batch", _Int), ("columns_channel", _Int),
+        ("positions", _Int), ("batch", _Int), ("channels", _Int),
+        ("threads", _Int),
+    ]  # fmt: skip
+
+
 class Lanes:
     """The compiled form.
 
@@ -49,6 +58,7 @@ class Lanes:
         names = {torch.float32: "float", torch.float64: "double"}
         self._add = {dtype: getattr(code, f"add_tile_{name}") for dtype, name in names.items()}
         self._make = {dtype: getattr(code, f"make_spectra_{name}") for dtype, name in names.items()}
+        self._move = {dtype: getattr(code, f"move_block_{name}") for dtype, name in names.items()}
         self._lanes = {dtype: int(code.lanes(dtype.itemsize)) for dtype in names}
 
     def serves(self, side: int) -> bool:
@@ -94,9 +104,10 @@ class Lanes:
         """Add to `outputs` [B, Cout, V <= side] what blocks of `side` inputs contribute.
 
         inputs: [B, Cin, ...], positions contiguous in both; blocks: where each begins there, and the spectra for its
-        distance; source: int64 [Cout] or None (see `channels`). channels: the range of output channels that is computed,
-        from a multiple of `lanes` on; all where it is None. shared: int64 [groups], the one filter that all channels of
-        a group of lanes have, and spectra as `one_by_one` lays them; or None. Nothing is checked.
+        distance; source: int64 [Cout] or None (see `channels`). channels: the range of output channels that is
+        computed, from a multiple of `lanes` on; all where it is None. shared: int64 [groups], the one
+        filter that all channels of a group of lanes have, and spectra as `one_by_one` lays them; or None. Nothing is
+        checked.
         """
         pointers = (_Pointer * len(blocks))(*(spectra.data_ptr() for _, spectra in blocks))
         starts = [start for start, _ in blocks]
@@ -115,6 +126,16 @@ class Lanes:
     ) -> None:
         """The same for one block and spectra that are not worth keeping, of filters [Cout, T]."""
         self._run(outputs, inputs, side, [start], None, _filters(filters, distance), source, channels, None)
+
+    def move(self, rows: Tensor, columns: Tensor, into_columns: bool) -> None:
+        """Copy a block [K, B, C], channels contiguous, into columns [B, C, K], positions contiguous; or back."""
+        positions, batch, channels = rows.shape
+        block = _Block(
+            rows.data_ptr(), rows.stride(0), rows.stride(1),
+            columns.data_ptr(), columns.stride(0), columns.stride(1),
+            positions, batch, channels, _threads(rows.numel()),
+        )  # fmt: skip
+        self._move[rows.dtype](ctypes.byref(block), _Int(into_columns))
 
     def _run(
         self,

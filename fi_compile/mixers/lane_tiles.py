@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -66,6 +64,14 @@ class LaneTiles(TorchTiles):
         met = [(start, self.lane_spectra(side, distance)) for start, distance in blocks]
         self.code.add(outputs, history, side, met, source, channels, self._shared)
 
+    def write_columns(self, columns: Tensor, rows: Tensor) -> None:
+        """Positions of a state [B, C, n] from a block's rows [n, B, C]."""
+        self.code.move(rows, columns, into_columns=True)
+
+    def read_columns(self, rows: Tensor, columns: Tensor) -> None:
+        """A block's rows [n, B, C] from positions of a state [B, C, n]."""
+        self.code.move(rows, columns, into_columns=False)
+
     def begin(
         self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra, elements: int | None = None
     ) -> TileWork:
@@ -92,13 +98,19 @@ class LaneTiles(TorchTiles):
     def predict_bytes(self, schedule: Schedule, batch: int, channels: int) -> tuple[int, int]:
         """Bytes of the spectra that a whole schedule leaves: of the filters, and of the inputs of one state."""
         ours, kept = super().predict_bytes(schedule, batch, channels)
-        rows = len(self.filters) if self._shared is not None else -(-len(self.filters) // self.lanes) * self.lanes
+        rows = (
+            len(self.filters)
+            if self._shared is not None
+            else -(-len(self.filters) // self.lanes) * self.lanes
+        )
         values = sum(4 * (side // 2 + 1) for side, _ in self._lane_spectra_for(schedule))
         return ours + rows * values * self.filters.itemsize, kept
 
     def _lane_spectra_for(self, schedule: Schedule) -> set[tuple[int, int]]:
         tiles = (tile for tile in schedule if self.form(tile) == "lanes")
-        met = {(t.side, d, len(t.blocks) == 1 and self.meets_once(t.side, d)) for t in tiles for _, d in t.blocks}
+        met = {
+            (t.side, d, len(t.blocks) == 1 and self.meets_once(t.side, d)) for t in tiles for _, d in t.blocks
+        }
         return {(side, distance) for side, distance, once in met if not once}
 
 
@@ -113,15 +125,14 @@ def _filter_of_groups(filter_index: Tensor, lanes: int) -> Tensor | None:
 class _Work(TileWork):
     """A tile across lanes in pieces of whole groups, each with its transforms."""
 
-    def __init__(
-        self, tiles: LaneTiles, tile: Tile, history: Tensor, pending: Tensor, elements: int | None
-    ):
+    def __init__(self, tiles: LaneTiles, tile: Tile, history: Tensor, pending: Tensor, elements: int | None):
         self._tiles, self._history, self._pending = tiles, history, pending
         batch, pairs = history.shape[0], pending.shape[1]
         width = -(-chunk_width(2 * tile.side * batch, elements) // tiles.lanes) * tiles.lanes
-        transform, products = operations_of(tile, batch, fresh=False)
-        costs = transform * (len(tile.blocks) - 1) + operations_of(tile, batch, fresh=True)[1]
-        super().__init__(tile, (), pairs, pairs, width, transform, costs)
+        transform, with_newest = operations_of(tile, batch, fresh=True)
+        super().__init__(
+            tile, (), pairs, pairs, width, transform, with_newest + transform * (len(tile.blocks) - 1)
+        )
 
     def _transform(self, start: int, first: int, last: int) -> None:
         raise NotImplementedError("nothing is transformed beforehand")

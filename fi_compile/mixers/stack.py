@@ -19,10 +19,6 @@ from .tile_work import KeptSpectra
 __all__ = ["ConvState", "FilterBank", "state_dtype"]
 
 
-# Values from which on transposing a matrix is faster than writing columns.
-_MATRIX = 1 << 15
-
-
 class ConvState:
     """What a stack keeps of `batch` sequences in lockstep.
 
@@ -201,10 +197,7 @@ class ConvState:
     def _load_block(self, row: int = 0) -> None:
         """From `row` of the block's buffers on: the positions' pending outputs, no inputs yet."""
         pending = self.pending[:, :, self._block_start + row : self._block_start + self.bank.block]
-        if pending.stride(2) == 1:
-            # Compact first: transposing out of rows a capacity apart misses the cache at every value.
-            pending = pending.contiguous()
-        self.block_pending[row : row + pending.shape[2]] = pending.permute(2, 0, 1)
+        self.bank.tiles.read_columns(self.block_pending[row : row + pending.shape[2]], pending)
         # Later rows weigh nothing in a block's sum, but nothing times infinity is NaN.
         self.block_inputs[row:] = 0
 
@@ -212,12 +205,7 @@ class ConvState:
         start = self._flushed
         if start < end:
             rows = self.block_inputs[start - self._block_start : end - self._block_start]
-            if self.history.stride(2) == 1 and rows.numel() >= _MATRIX:
-                # Transposed as one matrix, and only then spread over rows a capacity apart.
-                columns = rows.flatten(1).t().contiguous().view(*rows.shape[1:], end - start)
-            else:
-                columns = rows.permute(1, 2, 0)
-            self.history[:, :, start:end] = columns
+            self.bank.tiles.write_columns(self.history[:, :, start:end], rows)
             self._flushed = end
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How a bank of filters runs its tiles: with torch here, compiled for a CPU (`lane_tiles`) or by Triton (`triton_tiles`).
+"""How a bank of filters runs its tiles: by torch here, compiled for a CPU (`lane_tiles`), by Triton (`triton_tiles`).
 
 All take the state of a stack, history and pending [B, C, capacity], and add what one tile contributes. They differ
 in how that state lies in memory: transforms on a CPU want positions contiguous, Triton's kernels channels.
@@ -21,7 +21,7 @@ from .tile_work import KeptSpectra, TileWork, operations_of
 
 
 def choose_kernels(option: str, device: torch.device) -> str:
-    """`torch`, `native` or `triton` for a device: what the option says, or for `auto` what is fastest of those that run.
+    """`torch`, `native` or `triton` for a device: what the option says, for `auto` the fastest of those that run.
 
     Raises InputError where what is asked for cannot run.
     """
@@ -47,6 +47,10 @@ def choose_kernels(option: str, device: torch.device) -> str:
     return "triton"
 
 
+# Values from which on transposing a matrix is faster than writing columns.
+_MATRIX = 1 << 15
+
+
 class TorchTiles:
     """Tiles by torch: batched products for small sides, transforms for large ones.
 
@@ -70,6 +74,21 @@ class TorchTiles:
     def select_rows(self, state: Tensor, index: Tensor) -> Tensor:
         """Rows `index` of a state, int64 [B'], laid out as `new_state` does."""
         return state.index_select(0, index)
+
+    def write_columns(self, columns: Tensor, rows: Tensor) -> None:
+        """Positions of a state [B, C, n] from a block's rows [n, B, C]."""
+        if columns.stride(2) == 1 and rows.numel() >= _MATRIX:
+            # Transposed as one matrix, and only then spread over rows a capacity apart.
+            columns.copy_(rows.flatten(1).t().contiguous().view(columns.shape))
+        else:
+            columns.copy_(rows.permute(1, 2, 0))
+
+    def read_columns(self, rows: Tensor, columns: Tensor) -> None:
+        """A block's rows [n, B, C] from positions of a state [B, C, n]."""
+        if columns.stride(2) == 1:
+            # Compact first: transposing out of rows a capacity apart misses the cache at every value.
+            columns = columns.contiguous()
+        rows.copy_(columns.permute(2, 0, 1))
 
     def new_spectra(self, rows: int, batch: int, channels: int, side: int) -> Tensor:
         """Room for the spectra of so many blocks of `side` inputs, complex [R, B, C, side + 1]."""
