@@ -9,7 +9,8 @@ import torch
 import fi_compile
 from decoding import decoder, ids, language_model
 from fi_compile import costs, rates
-from fi_compile.costs import BUILTIN, choose_tiling
+from fi_compile.costs import BUILTIN, BUILTIN_NATIVE, choose_tiling
+from fi_compile.extension import lanes
 from fi_compile.mixers.stack import ConvState, FilterBank
 from fi_compile.schedule import Schedule
 
@@ -30,9 +31,9 @@ class Measured:
 
     count = 0
 
-    def __call__(self):
+    def __call__(self, native):
         Measured.count += 1
-        return replace(BUILTIN, row=BUILTIN.row * (1 + Measured.count))
+        return replace(BUILTIN_NATIVE if native else BUILTIN, row=BUILTIN.row * (1 + Measured.count))
 
 
 def another_process():
@@ -48,6 +49,13 @@ def test_rates_are_measured_once_and_read_by_later_processes(file):
     content = json.loads(file.read_text())
     assert content["version"] == rates.VERSION
     assert content["rates"] == {str(torch.get_num_threads()): json.loads(json.dumps(asdict(found)))}
+
+
+def test_rates_of_compiled_tiles_are_their_own(file):
+    found = [rates.rates_of_machine(native) for native in (False, True)]
+    assert [r.native for r in found] == [False, True]
+    another_process()
+    assert [rates.rates_of_machine(native) for native in (False, True)] == found
 
 
 def test_other_numbers_of_threads_are_measured_apart(file, monkeypatch):
@@ -121,14 +129,17 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 def test_built_in_constants_touch_no_file(monkeypatch, tmp_path):
     monkeypatch.setenv("FLASHINF_CACHE_DIR", str(tmp_path))
     assert rates.rates_of_machine() is BUILTIN
+    assert rates.rates_of_machine(native=True) is BUILTIN_NATIVE
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_this_machine_can_be_measured():
-    found = rates.measure_rates()
-    assert len(found.tile) == len(found.block) == len(found.sides)
-    assert all(0 < x < 1e-4 for x in (*found.tile, found.direct, found.load, found.row, found.piece))
+    for native in (False, *[True] * (lanes() is not None)):
+        found = rates.measure_rates(native)
+        assert found.native == native
+        assert len(found.tile) == len(found.block) == len(found.sides)
+        assert all(0 < x < 1e-4 for x in (*found.tile, found.direct, found.load, found.row, found.piece))
 
 
 @pytest.mark.parametrize("radix", [2, 4])
@@ -195,7 +206,8 @@ def test_predicted_bytes_are_those_of_a_whole_sequence(maps, tiling, capacity):
 def test_the_report_says_what_was_chosen_and_predicted():
     model = language_model("fft_scale_on_filter", width=4)
     report = decoder(model, ids(2, 9), max_length=200).report
-    tiling = choose_tiling(BUILTIN, 200, 4, double=True)
+    builtin = BUILTIN if lanes() is None else BUILTIN_NATIVE
+    tiling = choose_tiling(builtin, 200, 4, double=True)
     assert report.tiling == tiling
     assert report.schedule == tiling.schedule(200)
     assert f"chosen: {tiling}" in str(report)
