@@ -22,7 +22,7 @@ _WIDEST = 1 << 16  # numbers a sequence that the slack of a running sum may take
 
 
 def _short_conv_steps(kernels: str) -> Callable[..., Tensor]:
-    if kernels == "torch":
+    if kernels != "triton":
         return short_conv_step
     from fi_compile.kernels import short_conv_step as triton_form
 
