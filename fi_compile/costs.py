@@ -14,7 +14,7 @@ from .schedule import Schedule
 
 # Values below which a piece of a tile costs its calls, and operations per value of a piece, about.
 _SMALLEST_PIECE = 1 << 13
-_PIECE_OPERATIONS = 60
+PIECE_OPERATIONS = 60
 
 RADICES = (2, 4, 8)
 BLOCKS = (16, 32, 64)
@@ -77,7 +77,7 @@ def piece_elements(schedule: Schedule, channels: int) -> int:
     while 2 * side < schedule.capacity:
         operations += 10 * log2(2 * side) + 12 * (schedule.radix - 1)
         side *= schedule.radix
-    return max(_SMALLEST_PIECE, int(channels * operations / _PIECE_OPERATIONS))
+    return max(_SMALLEST_PIECE, int(channels * operations / PIECE_OPERATIONS))
 
 
 BUILTIN = Rates(
@@ -148,7 +148,7 @@ def choose_tiling(
     found = []
     for rows in BLOCKS if isinstance(block, str) else (block,):
         even = rows + rows % 2 if deferred else rows
-        radices = ((4,) if deferred else RADICES) if isinstance(radix, str) else (radix,)
+        radices = ((2, 4) if deferred else RADICES) if isinstance(radix, str) else (radix,)
         for base in radices:
             tiling = Tiling(even, base, deferred)
             seconds = rates.seconds_per_token(tiling.schedule(capacity), channels, even)

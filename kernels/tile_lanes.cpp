@@ -9,6 +9,7 @@
 // together, mirror each other within each block of 2^j ... 2^(j+1) - 1.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -113,6 +114,10 @@ struct Roots {
   }
 };
 
+struct Range {
+  int64_t first, last;
+};
+
 // Sizes from which on a transform fits into the nearest cache and goes pass by pass, not part by part.
 constexpr int64_t kNear = 256;
 // Sides up to which rows are so short that the processor does not see them coming.
@@ -122,10 +127,11 @@ template <typename T>
 struct Transform {
   using C = Complex<V<T>>;
 
-  // A pass of radix 4, two of radix 2 in one: parts come out in bit-reversed order.
-  static INLINE void pass(C* x, int64_t m, const Complex<T>* w) {
+  // A pass of radix 4, two of radix 2 in one: parts come out in bit-reversed order. js: of its m / 4 butterflies.
+  static INLINE void pass(C* x, int64_t m, const Complex<T>* w, Range js) {
     const int64_t q = m / 4;
-    for (int64_t j = 0; j < q; ++j, w += 3) {
+    w += 3 * js.first;
+    for (int64_t j = js.first; j < js.last; ++j, w += 3) {
       const C a = x[j], b = x[j + q], c = x[j + 2 * q], d = x[j + 3 * q];
       const C s = a + c, e = a - c, t = b + d, f = times_i(b - d);
       x[j] = s + t;
@@ -136,9 +142,10 @@ struct Transform {
   }
 
   // The same where the upper half is zero, whatever lies there.
-  static void first_pass(C* x, int64_t m, const Complex<T>* w) {
+  static void first_pass(C* x, int64_t m, const Complex<T>* w, Range js) {
     const int64_t q = m / 4;
-    for (int64_t j = 0; j < q; ++j, w += 3) {
+    w += 3 * js.first;
+    for (int64_t j = js.first; j < js.last; ++j, w += 3) {
       const C a = x[j], b = x[j + q], f = times_i(b);
       x[j] = a + b;
       x[j + q] = (a - b) * w[1];
@@ -147,9 +154,10 @@ struct Transform {
     }
   }
 
-  static INLINE void inverse_pass(C* x, int64_t m, const Complex<T>* w) {
+  static INLINE void inverse_pass(C* x, int64_t m, const Complex<T>* w, Range js) {
     const int64_t q = m / 4;
-    for (int64_t j = 0; j < q; ++j, w += 3) {
+    w += 3 * js.first;
+    for (int64_t j = js.first; j < js.last; ++j, w += 3) {
       const C a = x[j], b = x[j + q] * conjugate(w[1]);
       const C c = x[j + 2 * q] * conjugate(w[0]), d = x[j + 3 * q] * conjugate(w[2]);
       const C s = a + b, e = a - b, t = c + d, f = times_i(c - d);
@@ -161,9 +169,10 @@ struct Transform {
   }
 
   // The same where only the upper half is asked for.
-  static void last_pass(C* x, int64_t m, const Complex<T>* w) {
+  static void last_pass(C* x, int64_t m, const Complex<T>* w, Range js) {
     const int64_t q = m / 4;
-    for (int64_t j = 0; j < q; ++j, w += 3) {
+    w += 3 * js.first;
+    for (int64_t j = js.first; j < js.last; ++j, w += 3) {
       const C a = x[j], b = x[j + q] * conjugate(w[1]);
       const C c = x[j + 2 * q] * conjugate(w[0]), d = x[j + 3 * q] * conjugate(w[2]);
       x[j + 2 * q] = (a + b) - (c + d);
@@ -189,18 +198,18 @@ struct Transform {
   static void forward(C* x, int log, const Roots<T>& roots) {
     const int64_t m = int64_t(1) << log;
     if (m > kNear) {
-      pass(x, m, roots.passes[log].data());
+      pass(x, m, roots.passes[log].data(), {0, m / 4});
       for (int part = 0; part < 4; ++part) forward(x + part * (m / 4), log - 2, roots);
       return;
     }
     for (; log > 3; log -= 2)
-      for (int64_t start = 0; start < m; start += int64_t(1) << log)
-        pass(x + start, int64_t(1) << log, roots.passes[log].data());
+      for (int64_t start = 0, part = int64_t(1) << log; start < m; start += part)
+        pass(x + start, part, roots.passes[log].data(), {0, part / 4});
     for (int64_t start = 0; start < m; start += int64_t(1) << log) {
       if (log == 2) {
         four(x + start);
       } else {
-        pass(x + start, 8, roots.passes[3].data());
+        pass(x + start, 8, roots.passes[3].data(), {0, 2});
         for (int i = 0; i < 8; i += 2) pair(x + start + i);
       }
     }
@@ -210,7 +219,7 @@ struct Transform {
     const int64_t m = int64_t(1) << log;
     if (m > kNear) {
       for (int part = 0; part < 4; ++part) inverse(x + part * (m / 4), log - 2, roots);
-      inverse_pass(x, m, roots.passes[log].data());
+      inverse_pass(x, m, roots.passes[log].data(), {0, m / 4});
       return;
     }
     int part = log % 2 ? 3 : 2;
@@ -219,36 +228,32 @@ struct Transform {
         inverse_four(x + start);
       } else {
         for (int i = 0; i < 8; i += 2) pair(x + start + i);
-        inverse_pass(x + start, 8, roots.passes[3].data());
+        inverse_pass(x + start, 8, roots.passes[3].data(), {0, 2});
       }
     }
     for (part += 2; part <= log; part += 2)
-      for (int64_t start = 0; start < m; start += int64_t(1) << part)
-        inverse_pass(x + start, int64_t(1) << part, roots.passes[part].data());
+      for (int64_t start = 0, size = int64_t(1) << part; start < m; start += size)
+        inverse_pass(x + start, size, roots.passes[part].data(), {0, size / 4});
   }
 
-  static void parts_forward(C* x, int log, const Roots<T>& roots) {
-    for (int part = 0; part < 4; ++part) forward(x + part * (int64_t(1) << (log - 2)), log - 2, roots);
-  }
-
-  static void parts_inverse(C* x, int log, const Roots<T>& roots) {
-    for (int part = 0; part < 4; ++part) inverse(x + part * (int64_t(1) << (log - 2)), log - 2, roots);
-  }
-
-  // Calls meet(p, q, n) for every pair of places of frequencies k and M - k; n counts them.
+  // Calls meet(p, q, n) for pairs n of the M / 2 + 1 there are of places of frequencies k and M - k.
   template <typename F>
-  static INLINE void mirrored(int64_t m, F&& meet) {
-    meet(0, 0, 0), meet(1, 1, 1);
-    int64_t n = 2;
-    for (int64_t block = 2; block < m; block *= 2)
-      for (int64_t i = 0; i < block / 2; ++i) meet(block + i, 2 * block - 1 - i, n++);
+  static INLINE void mirrored(Range pairs, F&& meet) {
+    int64_t n = pairs.first;
+    for (; n < std::min<int64_t>(2, pairs.last); ++n) meet(n, n, n);
+    while (n < pairs.last) {
+      int64_t block = 2;
+      while (block < n) block *= 2;  // of pairs block / 2 + 1 ... block
+      const int64_t last = std::min(block + 1, pairs.last);
+      for (int64_t i = n - 1 - block / 2; n < last; ++i, ++n) meet(block + i, 2 * block - 1 - i, n);
+    }
   }
 
   // The product of spectra, of u with those of the even and the odd lags, divided by 2M as `spectrum` keeps them: into
   // `to`, or added there. R: a vector, or one number where all lanes share a filter.
   template <bool Add, typename R>
-  static void multiply(C* to, const C* x, int64_t m, const Complex<R>* filter, const Complex<T>* w) {
-    mirrored(m, [&](int64_t p, int64_t q, int64_t n) {
+  static void multiply(C* to, const C* x, Range pairs, const Complex<R>* filter, const Complex<T>* w) {
+    mirrored(pairs, [&](int64_t p, int64_t q, int64_t n) {
       const Complex<R> even = filter[2 * n], odd = filter[2 * n + 1];
       const C z = x[p], y = conjugate(x[q]);
       const C a = z + y, d = z - y, b = {d.im, -d.re};  // twice the spectra at even and at odd positions
@@ -263,7 +268,7 @@ struct Transform {
   // From the transform of the even lags + i times the odd ones to what `multiply` reads.
   static void separate(Complex<V<T>>* filter, const C* x, int64_t m) {
     const T half = T(0.25) / T(m);
-    mirrored(m, [&](int64_t p, int64_t q, int64_t n) {
+    mirrored({0, m / 2 + 1}, [&](int64_t p, int64_t q, int64_t n) {
       const C z = x[p], y = conjugate(x[q]), d = z - y;
       filter[2 * n] = {(z.re + y.re) * half, (z.im + y.im) * half};
       filter[2 * n + 1] = {d.im * half, -d.re * half};
@@ -371,6 +376,8 @@ struct Tile {
   const void* const* spectra;  // of the filters for each block, or null: made of `fresh` on the way
   Filters fresh;
   int64_t threads;
+  int64_t grain;  // side of the parts that a task is about, for `run_tasks`
+  void* work;  // and memory between them: for one block of inputs, or for two where there are several
 };
 
 struct Block {
@@ -409,58 +416,135 @@ INLINE void fetch(const T* row, int64_t count) {
   for (int64_t p = 0; p < count; p += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + p, 1);
 }
 
+// One row's tile of one group of lanes, in stages. Of each stage but the first and the last any range may be run.
 template <typename T>
-void add_group(const Tile& tile, int64_t group) {
+struct Group {
   using F = Transform<T>;
   using C = typename F::C;
-  constexpr int n = kLanes<T>;
-  const int64_t side = tile.side, pairs = side / 2 + 1;
-  const int log = log2_of(side);
-  const Roots<T>& roots = Roots<T>::of(side);
+  static constexpr int n = kLanes<T>;
+
+  const Tile& tile;
+  const int64_t group, row;
+  const Complex<V<T>>* made;  // the spectra, where they were made on the way
+  const int64_t side = tile.side;
   const int lanes = int(std::min<int64_t>(n, tile.last - group * n));
+  const Roots<T>& roots = Roots<T>::of(side);
+
+  // Gather inputs and run the first pass.
+  void begin(V<T>* flat, int64_t block, Range js) const {
+    const T* rows[n];
+    for (int c = 0; c < n; ++c) {
+      const int64_t channel = group * n + std::min(c, lanes - 1);
+      rows[c] = static_cast<const T*>(tile.inputs) + row * tile.inputs_row + tile.starts[block] +
+          (tile.source ? tile.source[channel] : channel) * tile.inputs_channel;
+    }
+    for (const Range at : positions(js)) {
+      const T* from[n];
+      for (int c = 0; c < n; ++c) from[c] = rows[c] + at.first;
+      gather<T>(flat + at.first, from, at.last - at.first);
+    }
+    F::first_pass(reinterpret_cast<C*>(flat), side, roots.passes[log2_of(side)].data(), js);
+  }
+
+  void multiply(V<T>* sum, const V<T>* flat, int64_t block, Range pairs) const {
+    const C* x = reinterpret_cast<const C*>(flat);
+    C* to = reinterpret_cast<C*>(sum);
+    const auto meet = [&](const auto* filter) {
+      if (block) F::template multiply<true>(to, x, pairs, filter, roots.met.data());
+      else F::template multiply<false>(to, x, pairs, filter, roots.met.data());
+    };
+    const int64_t each = side + 2;
+    if (made) meet(made);
+    else if (tile.shared) meet(static_cast<const Complex<T>*>(tile.spectra[block]) + tile.shared[group] * each);
+    else meet(static_cast<const Complex<V<T>>*>(tile.spectra[block]) + group * each);
+  }
+
+  // Run the last pass and add to outputs.
+  void end(V<T>* flat, Range js) const {
+    F::last_pass(reinterpret_cast<C*>(flat), side, roots.passes[log2_of(side)].data(), js);
+    for (const Range at : positions(js)) {
+      const int64_t count = std::min(at.last, tile.length) - at.first;
+      T* rows[n];
+      for (int c = 0; c < lanes; ++c) rows[c] = output(c) + at.first;
+      if (count > 0) scatter_add<T>(rows, flat + side + at.first, count, lanes);
+    }
+  }
+
+  // Where butterflies of the first pass take their inputs from, and those of the last put their outputs.
+  std::array<Range, 2> positions(Range js) const {
+    if (js.last - js.first == side / 4) return {Range{0, side}, Range{side, side}};
+    const int64_t half = side / 2;
+    return {Range{2 * js.first, 2 * js.last}, Range{half + 2 * js.first, half + 2 * js.last}};
+  }
+
+  T* output(int lane) const {
+    return static_cast<T*>(tile.outputs) + row * tile.outputs_row + (group * n + lane) * tile.outputs_channel;
+  }
+
+  // All of it.
+  void run() const {
+    V<T>* sum = room<T>(0, 2 * side);
+    V<T>* next = tile.blocks > 1 ? room<T>(1, 2 * side) : nullptr;
+    const Range all{0, side / 4};
+    const int log = log2_of(side);
+    if (side <= kFetched)
+      for (int c = 0; c < lanes; ++c) fetch(output(c), tile.length);
+    for (int64_t block = 0; block < tile.blocks; ++block) {
+      V<T>* flat = block ? next : sum;
+      begin(flat, block, all);
+      for (int part = 0; part < 4; ++part) F::forward(reinterpret_cast<C*>(flat) + part * all.last, log - 2, roots);
+      multiply(sum, flat, block, {0, side / 2 + 1});
+    }
+    for (int part = 0; part < 4; ++part) F::inverse(reinterpret_cast<C*>(sum) + part * all.last, log - 2, roots);
+    end(sum, all);
+  }
+
+  // One of the tasks that are all of it when run in order; tile_lanes.py counts them. In a stage there are
+  // side / grain, each about grain values: passes down to parts of that size, these, the product, and the way back.
+  void run_task(int64_t task) const {
+    const int64_t grain = tile.grain, each = side / grain, levels = (log2_of(side) - log2_of(grain)) / 2;
+    const int64_t stage = task / each, index = task % each;
+    const int64_t stages = levels + 2, block = std::min(stage / stages, tile.blocks), within = stage - block * stages;
+    V<T>* sum = static_cast<V<T>*>(tile.work);
+    V<T>* flat = block && block < tile.blocks ? sum + 2 * side : sum;
+    C* x = reinterpret_cast<C*>(flat);
+    const auto part = [&](int64_t level, auto&& run) {  // of a pass over parts of side / 4^level
+      const int log = log2_of(side) - 2 * int(level);
+      const int64_t m = int64_t(1) << log, place = index * grain, start = place / m * m;
+      run(x + start, m, roots.passes[log].data(), Range{(place - start) / 4, (place - start + grain) / 4});
+    };
+    if (block < tile.blocks) {
+      if (within == 0) begin(flat, block, {index * grain / 4, (index + 1) * grain / 4});
+      else if (within < levels) part(within, [](auto... given) { F::pass(given...); });
+      else if (within == levels) F::forward(x + index * grain, log2_of(grain), roots);
+      else multiply(sum, flat, block, {index * grain / 2, (index + 1) * grain / 2 + (index + 1 == each)});
+    } else if (within == 0) {
+      F::inverse(x + index * grain, log2_of(grain), roots);
+    } else if (within < levels) {
+      part(levels - within, [](auto... given) { F::inverse_pass(given...); });
+    } else {
+      end(flat, {index * grain / 4, (index + 1) * grain / 4});
+    }
+  }
+};
+
+template <typename T>
+void add_group(const Tile& tile, int64_t group) {
+  constexpr int n = kLanes<T>;
   const Complex<V<T>>* made = nullptr;
   if (!tile.spectra) {
-    auto* to = reinterpret_cast<Complex<V<T>>*>(room<T>(2, 4 * pairs));
-    spectrum_of<T>(to, tile.fresh, group * n, tile.last, side);
+    auto* to = reinterpret_cast<Complex<V<T>>*>(room<T>(2, 2 * (tile.side + 2)));
+    spectrum_of<T>(to, tile.fresh, group * n, tile.last, tile.side);
     made = to;
   }
-  if (side <= kFetched) {
-    for (int c = 0; c < lanes; ++c)
-      fetch(static_cast<const T*>(tile.outputs) + (group * n + c) * tile.outputs_channel, tile.length);
-  }
-  V<T>* sum = room<T>(0, 2 * side);
-  V<T>* next = tile.blocks > 1 ? room<T>(1, 2 * side) : nullptr;
-  for (int64_t b = 0; b < tile.batch; ++b) {
-    for (int64_t block = 0; block < tile.blocks; ++block) {
-      const T* rows[n];
-      for (int c = 0; c < n; ++c) {
-        const int64_t channel = group * n + std::min(c, lanes - 1);
-        rows[c] = static_cast<const T*>(tile.inputs) + b * tile.inputs_row + tile.starts[block] +
-            (tile.source ? tile.source[channel] : channel) * tile.inputs_channel;
-      }
-      V<T>* flat = block ? next : sum;
-      gather<T>(flat, rows, side);
-      C* x = reinterpret_cast<C*>(flat);
-      C* to = reinterpret_cast<C*>(sum);
-      F::first_pass(x, side, roots.passes[log].data());
-      F::parts_forward(x, log, roots);
-      const auto meet = [&](const auto* filter) {
-        if (block) F::template multiply<true>(to, x, side, filter, roots.met.data());
-        else F::template multiply<false>(to, x, side, filter, roots.met.data());
-      };
-      if (tile.shared)
-        meet(static_cast<const Complex<T>*>(tile.spectra[block]) + tile.shared[group] * 2 * pairs);
-      else
-        meet(made ? made : static_cast<const Complex<V<T>>*>(tile.spectra[block]) + group * 2 * pairs);
-    }
-    C* x = reinterpret_cast<C*>(sum);
-    F::parts_inverse(x, log, roots);
-    F::last_pass(x, side, roots.passes[log].data());
-    T* rows[n];
-    for (int c = 0; c < lanes; ++c)
-      rows[c] = static_cast<T*>(tile.outputs) + b * tile.outputs_row + (group * n + c) * tile.outputs_channel;
-    scatter_add<T>(rows, sum + side, tile.length, lanes);
-  }
+  for (int64_t row = 0; row < tile.batch; ++row) Group<T>{tile, group, row, made}.run();
+}
+
+// Tasks first ... last - 1 of those of one row of one group.
+template <typename T>
+void run_tasks(const Tile& tile, int64_t row, int64_t first, int64_t last) {
+  const Group<T> group{tile, tile.first / kLanes<T>, row, nullptr};
+  for (int64_t task = first; task < last; ++task) group.run_task(task);
 }
 
 template <typename F>
@@ -514,7 +598,7 @@ template <typename T>
 void make_spectra(void* to, const Filters& given, int64_t count, int64_t side, int64_t threads) {
   constexpr int n = kLanes<T>;
   for_each_group(0, (count + n - 1) / n, threads, [&](int64_t group) {
-    auto* filter = static_cast<Complex<V<T>>*>(to) + group * 2 * (side / 2 + 1);
+    auto* filter = static_cast<Complex<V<T>>*>(to) + group * (side + 2);
     spectrum_of<T>(filter, given, group * n, count, side);
   });
 }
@@ -527,6 +611,13 @@ int lanes(int bytes) { return kBytes / bytes; }
 
 void add_tile_float(const Tile* tile) { add_tile<float>(*tile); }
 void add_tile_double(const Tile* tile) { add_tile<double>(*tile); }
+
+void run_tasks_float(const Tile* tile, int64_t row, int64_t first, int64_t last) {
+  run_tasks<float>(*tile, row, first, last);
+}
+void run_tasks_double(const Tile* tile, int64_t row, int64_t first, int64_t last) {
+  run_tasks<double>(*tile, row, first, last);
+}
 
 void move_block_float(const Block* block, int64_t in) { move_block<float>(*block, in); }
 void move_block_double(const Block* block, int64_t in) { move_block<double>(*block, in); }

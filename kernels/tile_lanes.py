@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from math import log, log2
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ class _Tile(ctypes.Structure):
         ("batch", _Int), ("first", _Int), ("last", _Int),
         ("side", _Int), ("length", _Int),
         ("blocks", _Int), ("starts", _Pointer), ("spectra", _Pointer), ("fresh", _Filters),
-        ("threads", _Int),
+        ("threads", _Int), ("grain", _Int), ("work", _Pointer),
     ]  # fmt: skip
 
 
@@ -56,6 +58,7 @@ class Lanes:
     def __init__(self, library: Path) -> None:
         code = ctypes.CDLL(str(library))
         names = {torch.float32: "float", torch.float64: "double"}
+        self._tasks = {dtype: getattr(code, f"run_tasks_{name}") for dtype, name in names.items()}
         self._add = {dtype: getattr(code, f"add_tile_{name}") for dtype, name in names.items()}
         self._make = {dtype: getattr(code, f"make_spectra_{name}") for dtype, name in names.items()}
         self._move = {dtype: getattr(code, f"move_block_{name}") for dtype, name in names.items()}
@@ -109,9 +112,34 @@ class Lanes:
         filter that all channels of a group of lanes have, and spectra as `one_by_one` lays them; or None. Nothing is
         checked.
         """
-        pointers = (_Pointer * len(blocks))(*(spectra.data_ptr() for _, spectra in blocks))
-        starts = [start for start, _ in blocks]
-        self._run(outputs, inputs, side, starts, pointers, None, source, channels, shared)
+        tile = _tile(outputs, inputs, side, blocks, source, channels, shared)
+        self._add[outputs.dtype](ctypes.byref(tile.given))
+
+    def add_part(
+        self,
+        outputs: Tensor,
+        inputs: Tensor,
+        side: int,
+        blocks: Sequence[tuple[int, Tensor]],
+        source: Tensor | None,
+        channels: tuple[int, int],
+        shared: Tensor | None,
+        row: int,
+        tasks: tuple[int, int],
+        grain: int,
+        work: Tensor,
+    ) -> None:
+        """A range of the tasks that are the same for one row and one group of lanes, see `task_costs`.
+
+        channels: the group's; work: what `work_shape` says, between the parts of one tile its own.
+        """
+        tile = _tile(outputs, inputs, side, blocks, source, channels, shared)
+        tile.given.grain, tile.given.work = grain, work.data_ptr()
+        self._tasks[outputs.dtype](ctypes.byref(tile.given), _Int(row), _Int(tasks[0]), _Int(tasks[1]))
+
+    def work_shape(self, side: int, dtype: torch.dtype) -> tuple[int, int, int]:
+        """Of the memory that a tile in parts needs: for the sum, and for the next block."""
+        return 2, 2 * side, self._lanes[dtype]
 
     def add_once(
         self,
@@ -125,7 +153,9 @@ class Lanes:
         channels: tuple[int, int] | None = None,
     ) -> None:
         """The same for one block and spectra that are not worth keeping, of filters [Cout, T]."""
-        self._run(outputs, inputs, side, [start], None, _filters(filters, distance), source, channels, None)
+        tile = _tile(outputs, inputs, side, [(start, None)], source, channels, None)
+        tile.given.fresh = _filters(filters, distance)
+        self._add[outputs.dtype](ctypes.byref(tile.given))
 
     def move(self, rows: Tensor, columns: Tensor, into_columns: bool) -> None:
         """Copy a block [K, B, C], channels contiguous, into columns [B, C, K], positions contiguous; or back."""
@@ -137,33 +167,58 @@ class Lanes:
         )  # fmt: skip
         self._move[rows.dtype](ctypes.byref(block), _Int(into_columns))
 
-    def _run(
-        self,
-        outputs: Tensor,
-        inputs: Tensor,
-        side: int,
-        starts: Sequence[int],
-        spectra: ctypes.Array[_Pointer] | None,
-        fresh: _Filters | None,
-        source: Tensor | None,
-        channels: tuple[int, int] | None,
-        shared: Tensor | None,
-    ) -> None:
-        batch, every, length = outputs.shape
-        first, last = channels or (0, every)
-        begins = _integers(starts)
-        tile = _Tile(
-            inputs.data_ptr(), inputs.stride(0), inputs.stride(1),
-            outputs.data_ptr(), outputs.stride(0), outputs.stride(1),
-            None if source is None else source.data_ptr(),
-            None if shared is None else shared.data_ptr(),
-            batch, first, last, side, length,
-            len(starts), ctypes.addressof(begins),
-            None if spectra is None else ctypes.addressof(spectra),
-            fresh or _Filters(),
-            _threads(batch * (last - first) * side),
-        )  # fmt: skip
-        self._add[outputs.dtype](ctypes.byref(tile))
+
+class _Given(NamedTuple):
+    """What C++ reads, and what it points to."""
+
+    given: _Tile
+    pointed: tuple[Any, ...]
+
+
+def _tile(
+    outputs: Tensor,
+    inputs: Tensor,
+    side: int,
+    blocks: Sequence[tuple[int, Tensor | None]],
+    source: Tensor | None,
+    channels: tuple[int, int] | None,
+    shared: Tensor | None,
+) -> _Given:
+    batch, every, length = outputs.shape
+    first, last = channels or (0, every)
+    starts = (_Int * len(blocks))(*(start for start, _ in blocks))
+    known = [spectra.data_ptr() for _, spectra in blocks if spectra is not None]
+    spectra = (_Pointer * len(known))(*known)
+    given = _Tile(
+        inputs.data_ptr(), inputs.stride(0), inputs.stride(1),
+        outputs.data_ptr(), outputs.stride(0), outputs.stride(1),
+        None if source is None else source.data_ptr(),
+        None if shared is None else shared.data_ptr(),
+        batch, first, last, side, length,
+        len(blocks), ctypes.addressof(starts), ctypes.addressof(spectra) if known else None, _Filters(),
+        _threads(batch * (last - first) * side),
+    )  # fmt: skip
+    return _Given(given, (starts, spectra))
+
+
+def grain_of(side: int, values: float) -> int:
+    """The largest part of a tile, side / 4^k with k >= 1, of so many values at most; the least there is."""
+    grain = side // 4
+    while grain > values and grain >= 4 * SMALLEST:
+        grain //= 4
+    return grain
+
+
+def task_costs(side: int, blocks: int, grain: int) -> list[float]:
+    """Floating-point operations of a channel in each task of a tile in parts, in the order in which they run.
+
+    In every stage there are side / grain: for each block of inputs passes down to parts of `grain` values, these parts,
+    the product; then the parts and the passes of the way back.
+    """
+    levels, each = round(log(side / grain, 4)), side // grain
+    passes, part, product = 8.5 * grain, 4.25 * grain * log2(grain), 14.0 * grain
+    stages = blocks * [*levels * [passes], part, product] + [part, *levels * [passes]]
+    return [cost for cost in stages for _ in range(each)]
 
 
 def one_by_one(spectra: Tensor, filters: int) -> Tensor:
@@ -176,17 +231,5 @@ def _filters(filters: Tensor, distance: int) -> _Filters:
     return _Filters(filters.data_ptr(), filters.stride(0), filters.shape[1], distance)
 
 
-def _integers(values: Sequence[int]) -> ctypes.Array[_Int]:
-    return (_Int * len(values))(*values)
-
-
 def _threads(values: int) -> int:
     return torch.get_num_threads() if values >= _SHARED else 1
-
-
-def lanes_cost(side: int) -> dict[str, float]:
-    """Bytes and floating-point operations of one channel of a tile by these transforms, in float32."""
-    from math import log2
-
-    passes = log2(side) / 2 - 0.5  # of radix 4; the first and the last are halves
-    return {"bytes": 4.0 * (side + 2 * side) + 8.0 * (side + 2), "flops": side * (2 * 8.5 * passes + 14)}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fi_compile import InputError, extension
 from fi_compile.kernels.tile import tile_reference
-from fi_compile.kernels.tile_lanes import SMALLEST, one_by_one
+from fi_compile.kernels.tile_lanes import SMALLEST, grain_of, one_by_one, task_costs
 from fi_compile.mixers.lane_tiles import LaneTiles
 from fi_compile.mixers.stack import ConvState, FilterBank
 from fi_compile.mixers.tiles import choose_kernels
@@ -98,6 +98,38 @@ def test_any_tile_is_its_definition(data):
     assert_close(outputs[:, first:], expected[:, first:], units, UNITS)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("side", "grain"), [(64, 16), (128, 8), (256, 4), (1024, 64), (4096, 1024)])
+def test_a_tile_in_parts_is_the_same(side, grain, dtype):
+    """Task by task, on memory that holds anything at first, in rows and groups that do not know of each other."""
+    lanes = CODE.lanes(dtype)
+    history, filters = (
+        rand(2, lanes + 3, 2 * side, dtype=dtype),
+        rand(lanes + 3, 3 * side, dtype=dtype, seed=1),
+    )
+    blocks = [(start, CODE.spectra(filters, side, 2 - start // side)) for start in (0, side)]
+    before = rand(2, lanes + 3, side - 3, dtype=dtype, seed=2)
+    whole, (parts, around) = before.clone(), fenced(before)
+    CODE.add(whole, history, side, blocks)
+    work = torch.full(CODE.work_shape(side, dtype), torch.nan, dtype=dtype)
+    costs = task_costs(side, 2, grain)
+    for row in range(2):
+        for first, last in ((0, lanes), (lanes, lanes + 3)):
+            for task in range(len(costs)):
+                given = (first, last), None, row, (task, task + 1), grain, work
+                CODE.add_part(parts, history, side, blocks, None, *given)
+    assert untouched(around, parts)
+    assert torch.equal(parts, whole)
+
+
+def test_grains():
+    assert [grain_of(4096, n) for n in (1e9, 1024, 1000, 64, 0)] == [1024, 1024, 256, 64, 16]
+    assert [grain_of(32, n) for n in (1e9, 0)] == [8, 8]
+    # Finer tasks are more of them, of the same work.
+    assert sum(task_costs(4096, 2, 1024)) == pytest.approx(sum(task_costs(4096, 2, 64)))
+    assert max(task_costs(4096, 2, 64)) < max(task_costs(4096, 2, 1024)) / 16
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_channels_share_nothing(bad):
     """What one channel holds does not reach another, not even as rounding."""
@@ -161,8 +193,9 @@ def test_what_is_served_and_what_is_torchs(index, side, form):
 @pytest.mark.parametrize("radix", [2, 4])
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("index", [None, [0] * 16 + [2] * 16 + [1] * 5])
-def test_a_state_runs_by_either(radix, deferred, index):
+def test_a_state_runs_by_either(radix, deferred, index, monkeypatch):
     """The same sequence by torch's tiles and by these; every tile at the capacity is clipped."""
+    monkeypatch.setattr("fi_compile.costs._SMALLEST_PIECE", 256)  # deferred tiles in parts of a group
     capacity, channels = 700, 37
     filters = rand(channels if index is None else 3, capacity) / 20
     index = None if index is None else torch.tensor(index)
@@ -185,6 +218,7 @@ def test_a_state_runs_by_either(radix, deferred, index):
             state.block_inputs[state.local] = inputs[:, :, t]
             state.advance()
         found.append(torch.stack(pending))
+        assert bool(state._kept._rooms) == (deferred and kernels == "native")
         predicted = bank.predict_bytes(2)
         assert bank.nbytes == predicted["filters"] + predicted["spectra of filters"]
         assert state.nbytes == predicted["state"] + predicted["spectra of inputs"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 from torch import Tensor
 
+from fi_compile.costs import PIECE_OPERATIONS, piece_elements
 from fi_compile.extension import lanes
 from fi_compile.kernels.channels import chunk_width
-from fi_compile.kernels.tile_lanes import one_by_one
+from fi_compile.kernels.tile_lanes import grain_of, one_by_one, task_costs
 from fi_compile.schedule import Schedule, Tile
 
 from .tile_work import KeptSpectra, TileWork, operations_of
@@ -34,8 +38,8 @@ class LaneTiles(TorchTiles):
             raise ValueError("compiled tiles need a compiler, and serve one input a channel")
         self.code = code
         self.lanes = code.lanes(filters.dtype)
-        self._shared = None if filter_index is None else _filter_of_groups(filter_index, self.lanes)
-        self._serves = filter_index is None or self._shared is not None
+        self.shared = None if filter_index is None else _filter_of_groups(filter_index, self.lanes)
+        self._serves = filter_index is None or self.shared is not None
 
     def form(self, tile: Tile) -> str:
         """How a tile runs: `lanes`, or as torch would."""
@@ -56,13 +60,21 @@ class LaneTiles(TorchTiles):
         self, tile: Tile, history: Tensor, pending: Tensor, channels: tuple[int, int] | None = None
     ) -> None:
         """The same for tiles of the form `lanes`: all output channels, or a range that begins at a group of lanes."""
-        side, blocks, source = tile.side, tile.blocks, self.maps[0]
         outputs = pending[:, :, tile.outputs.start : tile.outputs.stop]
-        if len(blocks) == 1 and self.meets_once(side, blocks[0][1]):
-            self.code.add_once(outputs, history, side, *blocks[0], self.filters, source, channels)
-            return
-        met = [(start, self.lane_spectra(side, distance)) for start, distance in blocks]
-        self.code.add(outputs, history, side, met, source, channels, self._shared)
+        if self._once(tile):
+            self.code.add_once(
+                outputs, history, tile.side, *tile.blocks[0], self.filters, self.maps[0], channels
+            )
+        else:
+            self.code.add(outputs, history, tile.side, self.met(tile), self.maps[0], channels, self.shared)
+
+    def met(self, tile: Tile) -> list[tuple[int, Tensor]]:
+        """Where each block of a tile begins, and what it reads of the filters."""
+        return [(start, self.lane_spectra(tile.side, distance)) for start, distance in tile.blocks]
+
+    def _once(self, tile: Tile) -> bool:
+        """Whether the spectra a tile meets are not worth keeping; for a deferred one there is no time to make them."""
+        return not tile.gap and tile.alone and self.meets_once(tile.side, 1)
 
     def write_columns(self, columns: Tensor, rows: Tensor) -> None:
         """Positions of a state [B, C, n] from a block's rows [n, B, C]."""
@@ -77,15 +89,24 @@ class LaneTiles(TorchTiles):
     ) -> TileWork:
         """The same in pieces, none of which has run yet; elements: values that a piece works on."""
         if self.form(tile) == "lanes":
-            return _Work(self, tile, history, pending, elements)
+            return _Work(self, tile, history, pending, kept, elements)
         return super().begin(tile, history, pending, kept, elements)
+
+    def new_room(self, side: int) -> Tensor:
+        """Memory between the parts of a tile."""
+        with torch.inference_mode(False):
+            return self.filters.new_zeros(self.code.work_shape(side, self.filters.dtype))
+
+    def in_parts(self, side: int, batch: int, elements: int | None) -> bool:
+        """Whether a group of lanes is too much for one piece, which works on so many values."""
+        return elements is not None and 2 * side * batch * self.lanes > elements
 
     def lane_spectra(self, side: int, distance: int) -> Tensor:
         """What tiles of `side` inputs at a distance read of the filters, made on first use."""
 
         def make(filters: Tensor, side: int) -> Tensor:
             spectra = self.code.spectra(filters, side, distance)
-            return spectra if self._shared is None else one_by_one(spectra, len(filters))
+            return spectra if self.shared is None else one_by_one(spectra, len(filters))
 
         return self._keep("lanes", side, make, distance)
 
@@ -99,19 +120,28 @@ class LaneTiles(TorchTiles):
         """Bytes of the spectra that a whole schedule leaves: of the filters, and of the inputs of one state."""
         ours, kept = super().predict_bytes(schedule, batch, channels)
         rows = (
-            len(self.filters)
-            if self._shared is not None
-            else -(-len(self.filters) // self.lanes) * self.lanes
+            len(self.filters) if self.shared is not None else -(-len(self.filters) // self.lanes) * self.lanes
         )
         values = sum(4 * (side // 2 + 1) for side, _ in self._lane_spectra_for(schedule))
-        return ours + rows * values * self.filters.itemsize, kept
+        ours += rows * values * self.filters.itemsize
+        if schedule.deferred:
+            elements = piece_elements(schedule, self._outputs(channels) * batch)
+            sides = {tile.side for tile in schedule if self.form(tile) == "lanes"}
+            split = [side for side in sides if self.in_parts(side, batch, elements)]
+            kept += (
+                sum(prod(self.code.work_shape(s, self.filters.dtype)) for s in split) * self.filters.itemsize
+            )
+        return ours, kept
+
+    def _outputs(self, inputs: int) -> int:
+        """How many output channels there are for so many of inputs."""
+        source, index, _ = self.maps
+        known = source if source is not None else index
+        return inputs if known is None else len(known)
 
     def _lane_spectra_for(self, schedule: Schedule) -> set[tuple[int, int]]:
-        tiles = (tile for tile in schedule if self.form(tile) == "lanes")
-        met = {
-            (t.side, d, len(t.blocks) == 1 and self.meets_once(t.side, d)) for t in tiles for _, d in t.blocks
-        }
-        return {(side, distance) for side, distance, once in met if not once}
+        tiles = (tile for tile in schedule if self.form(tile) == "lanes" and not self._once(tile))
+        return {(tile.side, distance) for tile in tiles for _, distance in tile.blocks}
 
 
 def _filter_of_groups(filter_index: Tensor, lanes: int) -> Tensor | None:
@@ -123,19 +153,81 @@ def _filter_of_groups(filter_index: Tensor, lanes: int) -> Tensor | None:
 
 
 class _Work(TileWork):
-    """A tile across lanes in pieces of whole groups, each with its transforms."""
+    """A tile across lanes in pieces: some groups of channels each; where one is too much, parts of one row of a group.
 
-    def __init__(self, tiles: LaneTiles, tile: Tile, history: Tensor, pending: Tensor, elements: int | None):
-        self._tiles, self._history, self._pending = tiles, history, pending
-        batch, pairs = history.shape[0], pending.shape[1]
-        width = -(-chunk_width(2 * tile.side * batch, elements) // tiles.lanes) * tiles.lanes
+    elements: values of a transform that one piece works on.
+    """
+
+    def __init__(
+        self,
+        tiles: LaneTiles,
+        tile: Tile,
+        history: Tensor,
+        pending: Tensor,
+        kept: KeptSpectra,
+        elements: int | None,
+    ):
+        self._tiles, self._kept, self._history = tiles, kept, history
+        self._pending = pending
+        self._outputs = pending[:, :, tile.outputs.start : tile.outputs.stop]
+        batch, pairs, lanes, blocks = history.shape[0], pending.shape[1], tiles.lanes, len(tile.blocks)
+        width = -(-chunk_width(2 * tile.side * batch, elements) // lanes) * lanes
+        self._grain, self._parts = 0, []
+        if elements is not None and tiles.in_parts(tile.side, batch, elements):
+            self._grain = grain_of(tile.side, elements / lanes / 4)
+            costs = task_costs(tile.side, blocks, self._grain)
+            self._parts = _runs(costs, PIECE_OPERATIONS * elements / lanes / 2)
         transform, with_newest = operations_of(tile, batch, fresh=True)
-        super().__init__(
-            tile, (), pairs, pairs, width, transform, with_newest + transform * (len(tile.blocks) - 1)
+        super().__init__(tile, (), pairs, pairs, width, transform, with_newest + transform * (blocks - 1))
+        if self._parts:
+            self.count = -(-pairs // lanes) * batch * len(self._parts)
+
+    def run(self, index: int) -> None:
+        """Piece `index` of `count`."""
+        if not self._parts:
+            super().run(index)
+            return
+        tiles, tile = self._tiles, self.tile
+        (group, row), part = (
+            divmod(index // len(self._parts), self._history.shape[0]),
+            index % len(self._parts),
         )
+        first = group * tiles.lanes
+        tiles.code.add_part(
+            self._outputs, self._history, tile.side, tiles.met(tile), tiles.maps[0],
+            (first, min(first + tiles.lanes, self._pairs)), tiles.shared,
+            row, self._parts[part][0], self._grain, self._kept.room(tile.side, tiles.new_room),
+        )  # fmt: skip
 
     def _transform(self, start: int, first: int, last: int) -> None:
         raise NotImplementedError("nothing is transformed beforehand")
 
     def _combine(self, first: int, last: int) -> None:
         self._tiles.run(self.tile, self._history, self._pending, (first, last))
+
+    def operations(self, index: int) -> float:
+        """Floating-point operations of a piece."""
+        if not self._parts:
+            return super().operations(index)
+        group = index // len(self._parts) // self._history.shape[0]
+        lanes = min(self._tiles.lanes, self._pairs - group * self._tiles.lanes)
+        return lanes * self._parts[index % len(self._parts)][1]
+
+    @property
+    def total(self) -> float:
+        """Floating-point operations of all pieces."""
+        if not self._parts:
+            return super().total
+        return self._pairs * self._history.shape[0] * sum(cost for _, cost in self._parts)
+
+
+def _runs(costs: Sequence[float], most: float) -> list[tuple[tuple[int, int], float]]:
+    """Tasks in runs that cost so much at most, or are one task: their ranges, and what they cost."""
+    found: list[tuple[tuple[int, int], float]] = []
+    first, sum_ = 0, 0.0
+    for task, cost in enumerate(costs):
+        if sum_ and sum_ + cost > most:
+            found.append(((first, task), sum_))
+            first, sum_ = task, 0.0
+        sum_ += cost
+    return [*found, ((first, len(costs)), sum_)]

@@ -15,12 +15,19 @@ class KeptSpectra:
     """The spectra of blocks of inputs that several tiles of one state meet: for each side a ring [R, B, Cin, ...].
 
     The block that begins at a position lies in row position // side mod R. A ring grows to the most blocks that are
-    met at once.
+    met at once. Or, where tiles keep none, what a tile under way has in hand, one of each side.
     """
 
     def __init__(self) -> None:
         self._rings: dict[int, Tensor] = {}
         self._held: dict[int, list[int]] = {}
+        self._rooms: dict[int, Tensor] = {}
+
+    def room(self, side: int, new: Callable[[int], Tensor]) -> Tensor:
+        """Memory of the one tile of a side that is under way; it may hold anything when that begins."""
+        if side not in self._rooms:
+            self._rooms[side] = new(side)
+        return self._rooms[side]
 
     def reserve(self, tile: Tile, starts: Sequence[int], new: Callable[[int], Tensor]) -> list[int]:
         """Make room for the blocks of a tile that begin at `starts`, forget those before its first; which are missing.
@@ -54,7 +61,7 @@ class KeptSpectra:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is held."""
-        return sum(ring.nbytes for ring in self._rings.values())
+        return sum(tensor.nbytes for tensor in (*self._rings.values(), *self._rooms.values()))
 
     def clear(self) -> None:
         """The inputs have changed: nothing is known of any block."""
