@@ -156,7 +156,7 @@ def _adds_up(code: tile_lanes.Lanes, dtype: torch.dtype, side: int = 32) -> bool
             values.sin().expand(3, 2 * side).contiguous(),
         )
         outputs = torch.zeros(1, 3, side, dtype=dtype)
-        code.add(outputs, inputs.contiguous(), side, [(0, code.spectra(filters, side))])
+        code.tile(outputs, inputs.contiguous(), side, [(0, code.spectra(filters, side))]).add()
         expected = tile_reference(inputs.double(), filters.double(), side)
         return bool((outputs - expected).abs().max() < 100 * torch.finfo(dtype).eps)
 

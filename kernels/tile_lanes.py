@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Sequence
 from math import log, log2
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,12 +56,18 @@ class Lanes:
     """
 
     def __init__(self, library: Path) -> None:
-        code = ctypes.CDLL(str(library))
-        names = {torch.float32: "float", torch.float64: "double"}
-        self._tasks = {dtype: getattr(code, f"run_tasks_{name}") for dtype, name in names.items()}
-        self._add = {dtype: getattr(code, f"add_tile_{name}") for dtype, name in names.items()}
-        self._make = {dtype: getattr(code, f"make_spectra_{name}") for dtype, name in names.items()}
-        self._move = {dtype: getattr(code, f"move_block_{name}") for dtype, name in names.items()}
+        code, names = ctypes.CDLL(str(library)), {torch.float32: "float", torch.float64: "double"}
+
+        def functions(name: str, *arguments: Any) -> dict[torch.dtype, Any]:
+            found = {dtype: getattr(code, f"{name}_{suffix}") for dtype, suffix in names.items()}
+            for function in found.values():
+                function.argtypes, function.restype = arguments, None
+            return found
+
+        self.run = functions("add_tile", _Pointer)
+        self.run_tasks = functions("run_tasks", _Pointer, _Int, _Int, _Int)
+        self._move = functions("move_block", _Pointer, _Int)
+        self._make = functions("make_spectra", _Pointer, _Pointer, _Int, _Int, _Int)
         self._lanes = {dtype: int(code.lanes(dtype.itemsize)) for dtype in names}
 
     def serves(self, side: int) -> bool:
@@ -85,63 +91,30 @@ class Lanes:
         """
         made = filters.new_empty(self.spectra_shape(len(filters), side, filters.dtype))
         given = _filters(filters, distance)
-        self._make[filters.dtype](
-            _Pointer(made.data_ptr()),
-            ctypes.byref(given),
-            _Int(len(filters)),
-            _Int(side),
-            _Int(_threads(filters.numel())),
-        )
+        make = self._make[filters.dtype]
+        make(made.data_ptr(), ctypes.addressof(given), len(filters), side, _threads(filters.numel()))
         return made
 
-    def add(
+    def tile(
         self,
         outputs: Tensor,
         inputs: Tensor,
         side: int,
         blocks: Sequence[tuple[int, Tensor]],
         source: Tensor | None = None,
-        channels: tuple[int, int] | None = None,
         shared: Tensor | None = None,
-    ) -> None:
-        """Add to `outputs` [B, Cout, V <= side] what blocks of `side` inputs contribute.
+    ) -> TileCall:
+        """What adds to `outputs` [B, Cout, V <= side] what blocks of `side` inputs contribute.
 
         inputs: [B, Cin, ...], positions contiguous in both; blocks: where each begins there, and the spectra for its
-        distance; source: int64 [Cout] or None (see `channels`). channels: the range of output channels that is
-        computed, from a multiple of `lanes` on; all where it is None. shared: int64 [groups], the one
-        filter that all channels of a group of lanes have, and spectra as `one_by_one` lays them; or None. Nothing is
-        checked.
+        distance; source: int64 [Cout] or None (see `channels`). shared: int64 [groups], the one filter that all
+        channels of a group of lanes have, and spectra as `one_by_one` lays them; or None. Nothing is checked.
         """
-        tile = _tile(outputs, inputs, side, blocks, source, channels, shared)
-        self._add[outputs.dtype](ctypes.byref(tile.given))
+        call = TileCall(self, outputs, inputs, side, [start for start, _ in blocks], source, shared)
+        call.meets([spectra for _, spectra in blocks])
+        return call
 
-    def add_part(
-        self,
-        outputs: Tensor,
-        inputs: Tensor,
-        side: int,
-        blocks: Sequence[tuple[int, Tensor]],
-        source: Tensor | None,
-        channels: tuple[int, int],
-        shared: Tensor | None,
-        row: int,
-        tasks: tuple[int, int],
-        grain: int,
-        work: Tensor,
-    ) -> None:
-        """A range of the tasks that are the same for one row and one group of lanes, see `task_costs`.
-
-        channels: the group's; work: what `work_shape` says, between the parts of one tile its own.
-        """
-        tile = _tile(outputs, inputs, side, blocks, source, channels, shared)
-        tile.given.grain, tile.given.work = grain, work.data_ptr()
-        self._tasks[outputs.dtype](ctypes.byref(tile.given), _Int(row), _Int(tasks[0]), _Int(tasks[1]))
-
-    def work_shape(self, side: int, dtype: torch.dtype) -> tuple[int, int, int]:
-        """Of the memory that a tile in parts needs: for the sum, and for the next block."""
-        return 2, 2 * side, self._lanes[dtype]
-
-    def add_once(
+    def tile_once(
         self,
         outputs: Tensor,
         inputs: Tensor,
@@ -150,12 +123,15 @@ class Lanes:
         distance: int,
         filters: Tensor,
         source: Tensor | None = None,
-        channels: tuple[int, int] | None = None,
-    ) -> None:
+    ) -> TileCall:
         """The same for one block and spectra that are not worth keeping, of filters [Cout, T]."""
-        tile = _tile(outputs, inputs, side, [(start, None)], source, channels, None)
-        tile.given.fresh = _filters(filters, distance)
-        self._add[outputs.dtype](ctypes.byref(tile.given))
+        call = TileCall(self, outputs, inputs, side, [start], source, None)
+        call.given.fresh = _filters(filters, distance)
+        return call
+
+    def work_shape(self, side: int, dtype: torch.dtype) -> tuple[int, int, int]:
+        """Of the memory that a tile in parts needs: for the sum, and for the next block."""
+        return 2, 2 * side, self._lanes[dtype]
 
     def move(self, rows: Tensor, columns: Tensor, into_columns: bool) -> None:
         """Copy a block [K, B, C], channels contiguous, into columns [B, C, K], positions contiguous; or back."""
@@ -165,40 +141,60 @@ class Lanes:
             columns.data_ptr(), columns.stride(0), columns.stride(1),
             positions, batch, channels, _threads(rows.numel()),
         )  # fmt: skip
-        self._move[rows.dtype](ctypes.byref(block), _Int(into_columns))
+        self._move[rows.dtype](ctypes.addressof(block), into_columns)
 
 
-class _Given(NamedTuple):
-    """What C++ reads, and what it points to."""
+class TileCall:
+    """A tile of certain tensors, to be run at once or bit by bit; see :meth:`Lanes.tile`."""
 
-    given: _Tile
-    pointed: tuple[Any, ...]
+    def __init__(
+        self,
+        code: Lanes,
+        outputs: Tensor,
+        inputs: Tensor,
+        side: int,
+        starts: Sequence[int],
+        source: Tensor | None,
+        shared: Tensor | None,
+    ) -> None:
+        batch, self._channels, length = outputs.shape
+        begins = (_Int * len(starts))(*starts)
+        self.given = _Tile(
+            inputs.data_ptr(), inputs.stride(0), inputs.stride(1),
+            outputs.data_ptr(), outputs.stride(0), outputs.stride(1),
+            None if source is None else source.data_ptr(),
+            None if shared is None else shared.data_ptr(),
+            batch, 0, self._channels, side, length,
+            len(starts), ctypes.addressof(begins),
+        )  # fmt: skip
+        self._code, self._dtype = code, outputs.dtype
+        self._pointed: list[Any] = [outputs, inputs, begins, source, shared]
+        self._address = ctypes.addressof(self.given)
 
+    def meets(self, spectra: Sequence[Tensor]) -> None:
+        """The filters' spectra, for each block of inputs."""
+        pointers = (_Pointer * len(spectra))(*(block.data_ptr() for block in spectra))
+        self.given.spectra = ctypes.addressof(pointers)
+        self._pointed += [pointers, *spectra]
 
-def _tile(
-    outputs: Tensor,
-    inputs: Tensor,
-    side: int,
-    blocks: Sequence[tuple[int, Tensor | None]],
-    source: Tensor | None,
-    channels: tuple[int, int] | None,
-    shared: Tensor | None,
-) -> _Given:
-    batch, every, length = outputs.shape
-    first, last = channels or (0, every)
-    starts = (_Int * len(blocks))(*(start for start, _ in blocks))
-    known = [spectra.data_ptr() for _, spectra in blocks if spectra is not None]
-    spectra = (_Pointer * len(known))(*known)
-    given = _Tile(
-        inputs.data_ptr(), inputs.stride(0), inputs.stride(1),
-        outputs.data_ptr(), outputs.stride(0), outputs.stride(1),
-        None if source is None else source.data_ptr(),
-        None if shared is None else shared.data_ptr(),
-        batch, first, last, side, length,
-        len(blocks), ctypes.addressof(starts), ctypes.addressof(spectra) if known else None, _Filters(),
-        _threads(batch * (last - first) * side),
-    )  # fmt: skip
-    return _Given(given, (starts, spectra))
+    def add(self, channels: tuple[int, int] | None = None) -> None:
+        """Run it for all output channels, or a range of them that begins at a multiple of the lanes."""
+        given = self.given
+        given.first, given.last = channels or (0, self._channels)
+        given.threads = _threads(given.batch * (given.last - given.first) * given.side)
+        self._code.run[self._dtype](self._address)
+
+    def add_part(
+        self, row: int, channels: tuple[int, int], tasks: tuple[int, int], grain: int, work: Tensor
+    ) -> None:
+        """A range of the tasks that are the same for one row and one group of lanes, see `task_costs`.
+
+        channels: the group's; work: what `Lanes.work_shape` says, between the parts of one tile its own.
+        """
+        given = self.given
+        given.first, given.last = channels
+        given.grain, given.work = grain, work.data_ptr()
+        self._code.run_tasks[self._dtype](self._address, row, *tasks)
 
 
 def grain_of(side: int, values: float) -> int:

@@ -54,11 +54,11 @@ def test_a_tile_is_its_definition(side, channels, batch, dtype):
         expected = before + tile_reference(inputs.double(), filters.double(), length, gap=gap)
         spectra = CODE.spectra(filters, side, distance)
         for add, what in (
-            (CODE.add, ([(start, spectra)],)),
-            (CODE.add_once, (start, distance, filters)),
+            (CODE.tile, ([(start, spectra)],)),
+            (CODE.tile_once, (start, distance, filters)),
         ):
             outputs, around = fenced(before)
-            add(outputs, history, side, *what)
+            add(outputs, history, side, *what).add()
             assert untouched(around, outputs)
             assert_close(outputs, expected, scale(inputs, filters, before.abs().max()), UNITS)
 
@@ -91,7 +91,7 @@ def test_any_tile_is_its_definition(data):
     expected = before + tile_reference(history.double(), padded.double(), length, source, index)
     first = lanes * data.draw(st.integers(0, groups - 1))
     outputs, around = fenced(before)
-    CODE.add(outputs, history, side, blocks, source, (first, channels), shared)
+    CODE.tile(outputs, history, side, blocks, source, shared).add((first, channels))
     assert untouched(around, outputs)
     assert torch.equal(outputs[:, :first], before[:, :first])
     units = scale(history, filters, before.abs().max())
@@ -110,14 +110,14 @@ def test_a_tile_in_parts_is_the_same(side, grain, dtype):
     blocks = [(start, CODE.spectra(filters, side, 2 - start // side)) for start in (0, side)]
     before = rand(2, lanes + 3, side - 3, dtype=dtype, seed=2)
     whole, (parts, around) = before.clone(), fenced(before)
-    CODE.add(whole, history, side, blocks)
+    CODE.tile(whole, history, side, blocks).add()
+    call = CODE.tile(parts, history, side, blocks)
     work = torch.full(CODE.work_shape(side, dtype), torch.nan, dtype=dtype)
     costs = task_costs(side, 2, grain)
     for row in range(2):
         for first, last in ((0, lanes), (lanes, lanes + 3)):
             for task in range(len(costs)):
-                given = (first, last), None, row, (task, task + 1), grain, work
-                CODE.add_part(parts, history, side, blocks, None, *given)
+                call.add_part(row, (first, last), (task, task + 1), grain, work)
     assert untouched(around, parts)
     assert torch.equal(parts, whole)
 
@@ -136,9 +136,9 @@ def test_channels_share_nothing(bad):
     history, filters = rand(1, 20, 64, dtype=torch.float32), rand(20, 128, dtype=torch.float32, seed=1)
     clean, spoiled = torch.zeros(2, 1, 20, 64).unbind(0)
     spectra = CODE.spectra(filters, 64)
-    CODE.add(clean, history, 64, [(0, spectra)])
+    CODE.tile(clean, history, 64, [(0, spectra)]).add()
     history[0, 3] = bad
-    CODE.add(spoiled, history, 64, [(0, spectra)])
+    CODE.tile(spoiled, history, 64, [(0, spectra)]).add()
     others = [c for c in range(20) if c != 3]
     assert torch.equal(clean[:, others], spoiled[:, others])
     assert not torch.equal(clean[:, 3], spoiled[:, 3])
@@ -163,7 +163,7 @@ def test_threads_change_nothing(monkeypatch):
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         outputs = torch.zeros(1, 300, 2048)
-        CODE.add(outputs, history, 2048, [(0, CODE.spectra(filters, 2048))])
+        CODE.tile(outputs, history, 2048, [(0, CODE.spectra(filters, 2048))]).add()
         found.append(outputs)
     assert torch.equal(*found)
 

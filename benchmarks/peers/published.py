@@ -14,8 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fi_compile.extension import lanes
+
 from .base import Peer, Piece
-from .transforms import DirectTile, TransformTile
+from .transforms import CompiledTile, DirectTile, TransformTile
 
 _ALIGNED = 64
 
@@ -32,14 +34,15 @@ class Published(Peer):
         channels = filters.shape[0]
         self.inputs, self.sums = filters.new_zeros(2, _ALIGNED, channels).unbind(0)
         self.pending = torch.zeros_like(filters)
-        self.tiles: dict[int, TransformTile | DirectTile] = {}
+        self.tiles: dict[int, TransformTile | CompiledTile | DirectTile] = {}
         side = _ALIGNED
         while 2 * side <= self.length:
             self.tiles[side] = self._fastest(side)
             side *= 2
 
-    def _fastest(self, side: int) -> TransformTile | DirectTile:
-        transform = TransformTile(self.filters, side)
+    def _fastest(self, side: int) -> TransformTile | CompiledTile | DirectTile:
+        code = lanes()
+        transform = CompiledTile(self.filters, side, code) if code else TransformTile(self.filters, side)
         if side > 256:  # a product takes U / log U times the work
             return transform
         direct = DirectTile(self.filters, side)

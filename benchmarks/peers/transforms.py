@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fi_compile.kernels.tile_lanes import Lanes
+
 QUANTUM = 1 << 18  # values of a group's transform
 
 
@@ -75,6 +77,18 @@ class DirectTile:
         for c in range(0, inputs.shape[0], self.width):
             group = slice(c, c + self.width)
             outputs[group] += (self.hankel[group, : outputs.shape[1]] @ backwards[group])[..., 0]
+
+
+class CompiledTile:
+    """The same by flashinf's compiled transforms, `fi_compile.kernels.tile_lanes`."""
+
+    def __init__(self, filters: Tensor, side: int, code: Lanes) -> None:
+        self.side, self.code = side, code
+        self.spectra = code.spectra(filters, side)
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """inputs [C, U], outputs [C, V], V <= U, positions contiguous."""
+        self.code.tile(outputs.unsqueeze(0), inputs.unsqueeze(0), self.side, [(0, self.spectra)]).add()
 
 
 def _complex(dtype: torch.dtype) -> torch.dtype:

@@ -11,11 +11,14 @@ from torch import Tensor
 from fi_compile.costs import PIECE_OPERATIONS, piece_elements
 from fi_compile.extension import lanes
 from fi_compile.kernels.channels import chunk_width
-from fi_compile.kernels.tile_lanes import grain_of, one_by_one, task_costs
+from fi_compile.kernels.tile_lanes import TileCall, grain_of, one_by_one, task_costs
 from fi_compile.schedule import Schedule, Tile
 
 from .tile_work import KeptSpectra, TileWork, operations_of
 from .tiles import TorchTiles
+
+# Pieces of a deferred tile are so much smaller than what a position does on average, at whose end one may be begun.
+_FINER = 2
 
 
 class LaneTiles(TorchTiles):
@@ -52,25 +55,17 @@ class LaneTiles(TorchTiles):
     def add(self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra) -> None:
         """Add to pending what a tile's inputs in history contribute."""
         if self.form(tile) == "lanes":
-            self.run(tile, history, pending)
+            self.call(tile, history, pending).add()
         else:
             super().add(tile, history, pending, kept)
 
-    def run(
-        self, tile: Tile, history: Tensor, pending: Tensor, channels: tuple[int, int] | None = None
-    ) -> None:
-        """The same for tiles of the form `lanes`: all output channels, or a range that begins at a group of lanes."""
-        outputs = pending[:, :, tile.outputs.start : tile.outputs.stop]
+    def call(self, tile: Tile, history: Tensor, pending: Tensor) -> TileCall:
+        """The same for tiles of the form `lanes`, to be run."""
+        outputs, source = pending[:, :, tile.outputs.start : tile.outputs.stop], self.maps[0]
         if self._once(tile):
-            self.code.add_once(
-                outputs, history, tile.side, *tile.blocks[0], self.filters, self.maps[0], channels
-            )
-        else:
-            self.code.add(outputs, history, tile.side, self.met(tile), self.maps[0], channels, self.shared)
-
-    def met(self, tile: Tile) -> list[tuple[int, Tensor]]:
-        """Where each block of a tile begins, and what it reads of the filters."""
-        return [(start, self.lane_spectra(tile.side, distance)) for start, distance in tile.blocks]
+            return self.code.tile_once(outputs, history, tile.side, *tile.blocks[0], self.filters, source)
+        met = [(start, self.lane_spectra(tile.side, distance)) for start, distance in tile.blocks]
+        return self.code.tile(outputs, history, tile.side, met, source, self.shared)
 
     def _once(self, tile: Tile) -> bool:
         """Whether the spectra a tile meets are not worth keeping; for a deferred one there is no time to make them."""
@@ -89,7 +84,7 @@ class LaneTiles(TorchTiles):
     ) -> TileWork:
         """The same in pieces, none of which has run yet; elements: values that a piece works on."""
         if self.form(tile) == "lanes":
-            return _Work(self, tile, history, pending, kept, elements)
+            return _Work(self, tile, history, pending, kept, elements and elements // _FINER)
         return super().begin(tile, history, pending, kept, elements)
 
     def new_room(self, side: int) -> Tensor:
@@ -125,7 +120,7 @@ class LaneTiles(TorchTiles):
         values = sum(4 * (side // 2 + 1) for side, _ in self._lane_spectra_for(schedule))
         ours += rows * values * self.filters.itemsize
         if schedule.deferred:
-            elements = piece_elements(schedule, self._outputs(channels) * batch)
+            elements = piece_elements(schedule, self._outputs(channels) * batch) // _FINER
             sides = {tile.side for tile in schedule if self.form(tile) == "lanes"}
             split = [side for side in sides if self.in_parts(side, batch, elements)]
             kept += (
@@ -167,16 +162,21 @@ class _Work(TileWork):
         kept: KeptSpectra,
         elements: int | None,
     ):
-        self._tiles, self._kept, self._history = tiles, kept, history
-        self._pending = pending
-        self._outputs = pending[:, :, tile.outputs.start : tile.outputs.stop]
-        batch, pairs, lanes, blocks = history.shape[0], pending.shape[1], tiles.lanes, len(tile.blocks)
+        self._call, self._lanes, self._batch = (
+            tiles.call(tile, history, pending),
+            tiles.lanes,
+            history.shape[0],
+        )
+        batch, pairs, lanes, blocks = self._batch, pending.shape[1], tiles.lanes, len(tile.blocks)
         width = -(-chunk_width(2 * tile.side * batch, elements) // lanes) * lanes
         self._grain, self._parts = 0, []
         if elements is not None and tiles.in_parts(tile.side, batch, elements):
-            self._grain = grain_of(tile.side, elements / lanes / 4)
+            self._grain, self._room = (
+                grain_of(tile.side, elements / lanes),
+                kept.room(tile.side, tiles.new_room),
+            )
             costs = task_costs(tile.side, blocks, self._grain)
-            self._parts = _runs(costs, PIECE_OPERATIONS * elements / lanes / 2)
+            self._parts = _runs(costs, PIECE_OPERATIONS * elements / lanes)
         transform, with_newest = operations_of(tile, batch, fresh=True)
         super().__init__(tile, (), pairs, pairs, width, transform, with_newest + transform * (blocks - 1))
         if self._parts:
@@ -187,38 +187,30 @@ class _Work(TileWork):
         if not self._parts:
             super().run(index)
             return
-        tiles, tile = self._tiles, self.tile
-        (group, row), part = (
-            divmod(index // len(self._parts), self._history.shape[0]),
-            index % len(self._parts),
-        )
-        first = group * tiles.lanes
-        tiles.code.add_part(
-            self._outputs, self._history, tile.side, tiles.met(tile), tiles.maps[0],
-            (first, min(first + tiles.lanes, self._pairs)), tiles.shared,
-            row, self._parts[part][0], self._grain, self._kept.room(tile.side, tiles.new_room),
-        )  # fmt: skip
+        place, part = divmod(index, len(self._parts))
+        group, row = divmod(place, self._batch)
+        channels = group * self._lanes, min((group + 1) * self._lanes, self._pairs)
+        self._call.add_part(row, channels, self._parts[part][0], self._grain, self._room)
 
     def _transform(self, start: int, first: int, last: int) -> None:
         raise NotImplementedError("nothing is transformed beforehand")
 
     def _combine(self, first: int, last: int) -> None:
-        self._tiles.run(self.tile, self._history, self._pending, (first, last))
+        self._call.add((first, last))
 
     def operations(self, index: int) -> float:
         """Floating-point operations of a piece."""
         if not self._parts:
             return super().operations(index)
-        group = index // len(self._parts) // self._history.shape[0]
-        lanes = min(self._tiles.lanes, self._pairs - group * self._tiles.lanes)
-        return lanes * self._parts[index % len(self._parts)][1]
+        group = index // len(self._parts) // self._batch
+        return min(self._lanes, self._pairs - group * self._lanes) * self._parts[index % len(self._parts)][1]
 
     @property
     def total(self) -> float:
         """Floating-point operations of all pieces."""
         if not self._parts:
             return super().total
-        return self._pairs * self._history.shape[0] * sum(cost for _, cost in self._parts)
+        return self._pairs * self._batch * sum(cost for _, cost in self._parts)
 
 
 def _runs(costs: Sequence[float], most: float) -> list[tuple[tuple[int, int], float]]:
