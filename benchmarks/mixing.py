@@ -110,8 +110,8 @@ def _whole_run(filters: Tensor, inputs: Tensor) -> tuple[float, Flashinf]:
 
 def _time_positions(peer: Flashinf, inputs: Tensor) -> float:
     peer.restart()
-    rows = inputs.T.contiguous()
-    return once(lambda: [None for y in rows if peer.push(y) is None])
+    rows = inputs.T.contiguous().split(1)
+    return once(lambda: [None for y in rows if peer.step(y) is None])
 
 
 def _peers(filters: Tensor, inputs: Tensor) -> Iterable[Callable[[], Peer]]:

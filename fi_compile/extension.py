@@ -62,13 +62,13 @@ def places(tensors: list[Tensor]) -> bytes | None:
 
 
 def prepare() -> None:
-    """Begin to build the extension, where it has to be built, in a thread of its own."""
-    if not _found and not _place(_SOURCE).with_suffix(".json").exists():
-        with contextlib.suppress(ImportError):
-            importlib.import_module(
-                "torch._inductor.cpp_builder"
-            )  # not while another thread imports from torch
-        threading.Thread(target=between, name="flashinf extension").start()
+    """Begin to build what has to be built, in threads of its own."""
+    wanted = (_found_lanes, tile_lanes.SOURCE, lanes), (_found, _SOURCE, between)
+    for found, source, build in wanted:
+        if not found and not _place(source).with_suffix(".json").exists():
+            with contextlib.suppress(ImportError):  # not while another thread imports from torch
+                importlib.import_module("torch._inductor.cpp_builder")
+            threading.Thread(target=build, name=f"flashinf {source.name}").start()
 
 
 def lanes() -> tile_lanes.Lanes | None:

@@ -48,10 +48,14 @@ class Flashinf(Peer):
         return state.block_pending, state.block_inputs, bank.block_table, bank.skip, self.local
 
     def push(self, y: Tensor) -> Tensor:
+        return self.step(y.unsqueeze(0))[0]
+
+    def step(self, y: Tensor) -> Tensor:
+        """Inputs and outputs of a position as a step has them, [1, C]."""
         self.local.fill_(self.state.local)
-        z = self._run(*self._tensors(), y.unsqueeze(0))
+        z = self._run(*self._tensors(), y)
         self.state.advance()
-        return z[0]
+        return z
 
     def restart(self) -> None:
         """Back to position 0."""
