@@ -30,7 +30,8 @@ def call(job: str, caches: str | None = None, **arguments: int) -> dict[str, Any
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as fresh:
         folder = caches or fresh
         env = {
-            **os.environ,
+            # What malloc was told to keep counts as resident.
+            **{name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")},
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
             "TRITON_CACHE_DIR": f"{folder}/triton",
             "XDG_CACHE_HOME": f"{folder}/xdg",

@@ -68,8 +68,11 @@ class LaneTiles(TorchTiles):
         return self.code.tile(outputs, history, tile.side, met, source, self.shared)
 
     def _once(self, tile: Tile) -> bool:
-        """Whether the spectra a tile meets are not worth keeping; for a deferred one there is no time to make them."""
-        return not tile.gap and tile.alone and self.meets_once(tile.side, 1)
+        """Whether the spectra a tile meets are not worth keeping: two tiles of a sequence meet them at most.
+
+        Making them on the way takes two thirds of a tile. For a deferred one there is no time.
+        """
+        return not tile.gap and tile.alone and self.meets_once(2 * tile.side, 1)
 
     def write_columns(self, columns: Tensor, rows: Tensor) -> None:
         """Positions of a state [B, C, n] from a block's rows [n, B, C]."""
