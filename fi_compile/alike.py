@@ -26,6 +26,9 @@ _MOVES = frozenset(
     {"slice", "narrow", "constant_pad_nd", "pad", "clone", "contiguous", "_assert_tensor_metadata"}
 )
 _COPIES = frozenset({"clone", "contiguous", "alias", "lift_fresh_copy", "lift_fresh"})
+# Operators that show the value written, where it is as large as the place it is written to.
+_WRITES = frozenset({"slice_scatter", "copy"})
+_SLICED = {"slice": 1, "slice_scatter": 2}  # how many tensors come before the bounds
 # Operators that change nothing where they leave the shape as it is.
 _RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "expand"})
 
@@ -75,10 +78,10 @@ class _Same:
                     return False
                 x, spec = pytree.tree_flatten(_arguments(a))
                 y, other_spec = pytree.tree_flatten(_arguments(b))
-                if operator_name(a.target) == "slice":
+                if (name := operator_name(a.target)) in _SLICED:
                     if not self.same_slice(a, b):
                         return False
-                    x, y = x[:1], y[:1]
+                    x, y = x[: _SLICED[name]], y[: _SLICED[name]]
                 elif spec != other_spec:
                     return False
                 todo.extend(zip(x, y, strict=True))
@@ -95,6 +98,12 @@ class _Same:
                 return node
             if name in _COPIES:
                 node = before
+                continue
+            if name in _WRITES:
+                written = _arguments(node)[1]
+                if not self.same_shape(side, written, node):
+                    return node
+                node = written
                 continue
             idle = name in _RESHAPES or (name == "slice" and _arguments(node)[4] == 1)
             if name in ("constant_pad_nd", "pad"):
@@ -114,10 +123,10 @@ class _Same:
         )
 
     def same_slice(self, a: fx.Node, b: fx.Node) -> bool:
-        """Whether two slices have the same bounds, as Python reads them."""
+        """Whether two slices, that are read or written, have the same bounds, as Python reads them."""
         bounds = []
         for side, node in enumerate((a, b)):
-            source, dim, start, end, step = _arguments(node)
+            source, dim, start, end, step = (_arguments(node)[i] for i in (0, -4, -3, -2, -1))
             size = self.value(side, sizes(source)[dim])
             shown = [
                 default if v is None else self.value(side, v) for v, default in ((start, 0), (end, size))

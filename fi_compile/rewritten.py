@@ -11,8 +11,9 @@ from .mixers.spectra import with_taps
 from .pieces import with_pieces_apart
 from .program import Program
 from .softmaxes import with_softmaxes_bare
+from .written import with_writes_resolved
 
-_FIRST = (with_heads_apart, with_softmaxes_bare, with_latest_delayed, with_pieces_apart)
+_FIRST = (with_writes_resolved, with_heads_apart, with_softmaxes_bare, with_latest_delayed, with_pieces_apart)
 
 
 def rewritten(program: Program) -> tuple[Program, Mapping[str, float]]:
