@@ -241,10 +241,11 @@ def _tables_agree(
         except Exception:
             return True  # it is not meant for this length: what comes of the tables is compared
         theirs = other.evaluate(dummy, keep={b for _, b in tables})
-    return all(_close(ours[a], theirs[b]) for a, b in tables)
+    return all(close(ours[a], theirs[b]) for a, b in tables)
 
 
-def _close(a: Any, b: Any) -> bool:
+def close(a: Any, b: Any) -> bool:
+    """Whether two tables of one shape hold the same numbers, up to the rounding of their type."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape:
         return True
     if a.dtype != b.dtype:

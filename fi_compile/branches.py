@@ -20,11 +20,12 @@ from .errors import Refusal, Unsupported
 from .guards import HORIZON, lengths_of
 from .passes.prove_prefix import prove_prefix
 from .program import Program, is_tensor
+from .single import same_at_one
 
 _MOST_TRACES = 12
 _MOST_SINGLE = 24  # traces for one length
 _MOST_COLLISIONS = 4
-_SHORTEST = 2  # a length of 1 takes other ways through the operators themselves
+_SHORTEST = 2  # a trace is for no length of 1: see `_Walk.settle_one`
 _MOST_POSITIONS = 1 << 19  # that are compared one length after another
 _LONGEST_COMPARED = 1 << 16
 
@@ -49,6 +50,7 @@ def cover_lengths(
     for n in odd:
         walk.give_up(n)
     walk.run()
+    walk.settle_one()
     found, unlike = walk.program, walk.unlike
     if walk.alike:
         unlike = [*unlike, *compare(found, sorted(walk.alike))]
@@ -75,6 +77,7 @@ class _Walk:
         self.admitted = program.lengths.mask(self.top)
         self.traces, self.single = 0, 0
         self.holes = set(program.lengths.holes)  # of all traces so far
+        self.one_is_settled = answers_one_alike(program)
 
     def run(self) -> None:
         while not self.known.all():
@@ -93,11 +96,26 @@ class _Walk:
                 self.give_up(n)
                 continue
             self.known |= reached
+            self.one_is_settled = self.one_is_settled or answers_one_alike(other)
         before = self.program.lengths
         lengths = lengths_of(self.admitted, self.admitted)
         if lengths is not None:
             end = before.maximum if lengths.maximum is None else lengths.maximum
             self.program = replace(self.program, lengths=replace(lengths, fewest=before.fewest, maximum=end))
+
+    def settle_one(self) -> None:
+        """Cut off the length of 1 where the model takes a way there that no trace has shown to be the same.
+
+        Operators go other ways there themselves, so no trace is for it and for more; one for it alone may be alike.
+        """
+        if self.one_is_settled or self.unlike:
+            return
+        try:
+            one = self.trace(1, pinned=True)
+        except Exception:
+            one = None
+        if one is None or not (same_at_one(self.program, one) or are_alike(self.program, one, {1})):
+            self.unlike.append(1)
 
     def is_alike(self, other: Program, at: np.ndarray) -> bool:
         """Whether comparing the program with the model at some of these lengths settles all of them; notes which.
@@ -152,6 +170,23 @@ class _Walk:
         else:
             self.known[n:] = True
             self.admitted[n:] = False
+
+
+def answers_one_alike(program: Program) -> bool:
+    """Whether the model's own code, where it asks something of its sizes, is told the same at a length of 1."""
+    if program.questions is None:
+        return False
+    shortest = program.lengths.at_least(_SHORTEST)
+    lengths = np.asarray([1, shortest])
+    try:
+        for question in program.questions:
+            for rows in (1, 3):
+                one, more = program.size_values(question, lengths, rows)
+                if one != more:
+                    return False
+    except KeyError:  # a size that is counted from values
+        return False
+    return True
 
 
 def matters_for_one_row(asked: Iterable[sympy.Basic], program: Program) -> bool:

@@ -217,6 +217,8 @@ def _trace(
             model, _resized(example, traced_rows, length), rows is None, not pinned, general
         )
         program = _read(exported, model, example, pinned)
+    if not pinned:
+        program = replace(program, questions=tuple(dict.fromkeys(asked)))
     if rows is None:
         if isinstance(program.batch, int):
             raise Unsupported(
@@ -244,10 +246,11 @@ def _questions() -> Iterator[list[sympy.Basic]]:
     answer = SymNode.bool_
 
     def ask(self: SymNode) -> bool:
-        frame = sys._getframe(1)
+        frame, decides = sys._getframe(1), True
         while frame.f_code.co_filename == torch.__file__ and frame.f_back is not None:
+            decides &= frame.f_code.co_name != "_assert"  # of guards, as code that torch writes
             frame = frame.f_back  # the methods of symbolic numbers themselves
-        if not frame.f_code.co_filename.startswith(_TORCH):
+        if decides and not frame.f_code.co_filename.startswith(_TORCH):
             asked.append(self.expr)
         return answer(self)
 

@@ -133,6 +133,8 @@ class Program:
     guards: tuple[sympy.Basic, ...] = field(
         default=(), repr=False
     )  # relations in length and batch met in tracing
+    # What the model's own code asked of its sizes; None where they were numbers.
+    questions: tuple[sympy.Basic, ...] | None = field(default=None, repr=False)
 
     @property
     def graph(self) -> fx.Graph:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decoding import Net, decoder, features, gap
+from decoding import Net, by_speed, decoder, features, gap
 from fi_compile.capture import trace_module
 from fi_compile.errors import FlashinfError, Unsupported
 from fi_compile.guards import lengths_of
@@ -156,6 +156,70 @@ def test_sizes_of_layers_are_no_branch():
         Net(lambda net, x: torch.fft.irfft(torch.fft.rfft(x.mT, n=64), n=64).mT[:, : x.shape[1]]), 30
     )
     assert all(lengths.lengths.admits(n) for n in range(2, 31))
+
+
+# -- one position ----------------------------------------------------------------------------------------------
+
+
+def clamped_if(condition: Callable[[Tensor], Any]) -> Callable[[Any, Tensor], Tensor]:
+    return lambda net, x: x.clamp(-6, 6) if condition(x) else x * 1
+
+
+ONE = [
+    lambda x: x.shape[1] == 1, lambda x: not x.shape[1] - 1, lambda x: x.size(1) < 2, lambda x: not x.shape[1] // 2,
+    lambda x: x[0, :, 0].numel() in (0, 1), lambda x: tuple(x.shape[1:]) == (1, WIDTH), lambda x: not x[:, 1:].shape[1],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("condition", by_speed(ONE, ONE[:2].__contains__))
+def test_a_branch_for_one_position_that_matters_for_large_values_only(condition):
+    assert traced(Net(clamped_if(condition)), None).lengths.fewest == 2
+
+
+def test_one_position_is_not_decoded_by_the_graph_of_more():
+    dec = decoder(Net(clamped_if(ONE[0])), features(2, 12, WIDTH), max_length=40)
+    with pytest.raises(FlashinfError, match="give at least 2"):
+        dec.prefill(9 * features(2, 1, WIDTH))
+
+
+def attention(net: Net, x: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
+    scores = x @ x.mT
+    return (mask(scores) if x.shape[1] > 1 else scores).softmax(-1) @ x
+
+
+def later(scores: Tensor) -> Tensor:
+    return torch.ones(scores.shape[-1], scores.shape[-1], dtype=torch.bool).triu(1)
+
+
+NOTHING = [
+    lambda net, x: attention(net, x, lambda s: s + torch.zeros_like(s).masked_fill(later(s), -torch.inf)),
+    lambda net, x: attention(net, x, lambda s: s.masked_fill(later(s), -torch.inf)),
+    lambda net, x: attention(net, x, lambda s: torch.where(later(s), -torch.inf, s)),
+    lambda net, x: x if x.shape[1] == 1 else torch.cat([x[:, :1], x[:, 1:] + x[:, :-1]], 1),
+    lambda net, x: x.cumsum(1) if x.shape[1] > 1 else x,
+]
+
+
+@pytest.mark.parametrize("function", by_speed(NOTHING, NOTHING[::3].__contains__))
+def test_what_changes_nothing_of_one_position(function):
+    lengths = traced(Net(function), None).lengths
+    assert lengths.fewest == 1
+
+
+SOMETHING = [
+    lambda net, x: attention(net, x, lambda s: s.masked_fill(later(s).logical_not(), -torch.inf)),
+    lambda net, x: attention(net, x, lambda s: s + 1e-12),
+    lambda net, x: x * net.low if x.shape[1] == 1 else x * net.high,
+    lambda net, x: x * (x < 9) if x.shape[1] == 1 else torch.cat([x[:, :1], x[:, 1:] + x[:, :-1]], 1),
+    lambda net, x: x if x.shape[1] == 1 else torch.slice_scatter(x, x[:, :1].clamp(-6, 6), 1, 0, 1),
+]
+
+
+@pytest.mark.parametrize("function", by_speed(SOMETHING, SOMETHING[1:3].__contains__))
+def test_what_may_change_something_of_one_position(function):
+    net = Net(function)
+    net.low, net.high = (torch.nn.Parameter(torch.ones(WIDTH)) for _ in range(2))
+    assert traced(net, None).lengths.fewest == 2
 
 
 # -- the batch -----------------------------------------------------------------------------------------------
