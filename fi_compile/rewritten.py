@@ -10,10 +10,18 @@ from .mixers.attention import with_masks
 from .mixers.spectra import with_taps
 from .pieces import with_pieces_apart
 from .program import Program
+from .quotients import with_quotients_masked
 from .softmaxes import with_softmaxes_bare
 from .written import with_writes_resolved
 
-_FIRST = (with_writes_resolved, with_heads_apart, with_softmaxes_bare, with_latest_delayed, with_pieces_apart)
+_FIRST = (
+    with_writes_resolved,
+    with_heads_apart,
+    with_quotients_masked,
+    with_softmaxes_bare,
+    with_latest_delayed,
+    with_pieces_apart,
+)
 
 
 def rewritten(program: Program) -> tuple[Program, Mapping[str, float]]:

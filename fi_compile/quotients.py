@@ -1,0 +1,269 @@
+"""Weights that are divided by their sum: what multiplies all weights of a query cancels, whatever it is.
+
+``exp(s - max(s)) * mask / sum(exp(s - max(s)) * mask)`` takes off the largest score of all keys, later ones among them,
+and so does a softmax over all keys that is masked and normalised again. Both multiply the weights of a query by one
+factor, which is gone after the division.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .compare import same_function
+from .program import (
+    Program,
+    add_call,
+    data_arguments,
+    given_arguments,
+    is_getitem,
+    is_integer,
+    is_tensor,
+    operator_name,
+)
+from .softmaxes import works_along_last
+
+aten = torch.ops.aten
+_SOFTMAXES = ("softmax", "_softmax")
+_COPIES = frozenset({"clone", "contiguous", "alias", "detach", "_to_copy", "to"})
+_LARGEST = ("amax", "max")
+_PRODUCTS = frozenset({"matmul", "bmm"})
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A power of a query's factor multiplies a value; the queries are this dimension, counted from the last."""
+
+    power: int
+    queries: int
+
+
+def with_quotients_masked(program: Program) -> Program:
+    """The program with weights that are masked and then normalised made of masked scores.
+
+    Before and after::
+
+        e = exp(s - amax(s, -1, True)) * mask; (e @ v) / e.sum(-1, True)
+        e = softmax(where(mask, s, -inf)) * mask; (e @ v) / e.sum(-1, True)
+
+    Requires that nothing but such quotients reads them. Where the twins do not compute the same, nothing is changed.
+    """
+    chains = [chain for node in program.graph.nodes if (chain := _chain(node)) is not None]
+    if not chains:
+        return program
+    found = {chain[-1]: chain for chain in chains}
+    shaped = {each: _scores(chain[0]) for chain in chains for each in chain[:-1]}  # of one shape and type
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node in found:
+            copied[node] = _weights(graph, program, found[node], copied)
+            continue
+        lent = {a: shaped[a] for a in node.all_input_nodes if a in shaped and node not in _readers(a)}
+        copied[node] = graph.node_copy(node, lambda a, lent=lent: copied[lent.get(a) or a])
+    graph.eliminate_dead_code()
+    graph.lint()
+    made = replace(program, module=fx.GraphModule(nn.Module(), graph))
+    return made if same_function(made, program) else program
+
+
+def _chain(node: fx.Node) -> list[fx.Node] | None:
+    """What a softmax of masked scores, masked, stands for: from exponentials to the last mask; None if for nothing."""
+    if not is_tensor(node) or _scores(node) is None:
+        return None
+    chain = _masked(node)
+    if _cancels(chain[-1]) and (len(chain) > 1 or not _is_softmax(node)):
+        return chain
+    return [node] if _is_whole(node) else None
+
+
+def _masked(node: fx.Node) -> list[fx.Node]:
+    """From weights to the last mask on them."""
+    chain, last = [node], 0
+    while len(readers := _readers(chain[-1])) == 1:
+        (user,) = readers
+        if operator_name(user.target) not in _COPIES and _mask(user, chain[-1]) is None:
+            break
+        chain.append(user)
+        last = len(chain) - 1 if operator_name(user.target) not in _COPIES else last
+    return chain[: last + 1]
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a value's entries, and not its shape alone."""
+    return [user for user in node.users if not is_integer(user) and node in data_arguments(user)]
+
+
+def _scores(node: fx.Node) -> fx.Node | None:
+    """What a node holds the exponentials of, up to a factor for each query that depends on the scores alone."""
+    name = operator_name(node.target) if node.op == "call_function" else ""
+    if _is_softmax(node) and works_along_last(node, 1):
+        source: Any = node.args[0]
+        return source if source.meta["val"].dtype == node.meta["val"].dtype else None
+    difference: Any = node.args[0] if name == "exp" else None
+    if difference is None or operator_name(difference.target) != "sub":
+        return None
+    scores, largest = difference.args[:2]
+    if not is_tensor(scores) or given_arguments(difference).get("alpha", 1) != 1:
+        return None
+    return scores if _taken_of(largest, *_LARGEST) is _bare(scores) or _is_whole(node) else None
+
+
+def _is_softmax(node: fx.Node) -> bool:
+    return node.op == "call_function" and operator_name(node.target) in _SOFTMAXES
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a node is a softmax as its definition says: with the logarithm of the sum of all taken off."""
+    difference: Any = node.args[0] if operator_name(node.target) == "exp" else None
+    if difference is None or operator_name(difference.target) != "sub":
+        return False
+    return _taken_of(difference.args[1], "logsumexp") is _bare(difference.args[0])
+
+
+def _taken_of(value: Any, *operators: str) -> fx.Node | None:
+    """The scores that one of these operators goes over, key by key, where its result stands beside them."""
+    rank, kept = (value.meta["val"].dim(), True) if is_tensor(value) else (0, True)
+    while is_tensor(value) and operator_name(value.target) in ("unsqueeze", *_COPIES):
+        if operator_name(value.target) == "unsqueeze":
+            if not kept or value.args[1] not in (-1, rank - 1):
+                return None
+            kept = False
+        value = value.args[0]
+    if is_tensor(value) and is_getitem(value):
+        value = value.args[0] if value.args[1] == 0 else None
+    if not isinstance(value, fx.Node) or operator_name(value.target) not in operators:
+        return None
+    given = given_arguments(value)
+    dims = given.get("dim")
+    dims = dims if isinstance(dims, (list, tuple)) else [] if dims is None else [dims]
+    along = [d % rank for d in dims] == [rank - 1]
+    return _bare(given["self"]) if along and bool(given.get("keepdim")) == kept else None
+
+
+def _bare(value: Any) -> Any:
+    """What a copy of the same type was made of."""
+    while is_tensor(value) and operator_name(value.target) in _COPIES:
+        source = value.args[0]
+        if source.meta["val"].dtype != value.meta["val"].dtype:
+            break
+        value = source
+    return value
+
+
+def _mask(node: fx.Node, weights: fx.Node) -> tuple[Any, bool] | None:
+    """What a node masks weights by, and whether nonzero entries of that are left; None where it does not."""
+    name = operator_name(node.target)
+    given = given_arguments(node) if getattr(node.target, "_schema", None) is not None else {}
+    if not is_tensor(node) or node.meta["val"].shape != weights.meta["val"].shape:
+        return None
+    if name == "mul":
+        others = [a for a in node.args[:2] if a is not weights]
+        return (others[0], True) if len(others) == 1 and is_tensor(others[0]) else None
+    if name == "masked_fill" and given["self"] is weights and _is_zero(given["value"]):
+        return given["mask"], False
+    if name == "where" and given["condition"] is not weights:
+        if given["self"] is weights and _is_zero(given["other"]):
+            return given["condition"], True
+        if given["other"] is weights and _is_zero(given["self"]):
+            return given["condition"], False
+    return None
+
+
+def _is_zero(value: Any) -> bool:
+    if isinstance(value, (bool, int, float)):
+        return value == 0
+    name = operator_name(value.target) if is_tensor(value) and value.op == "call_function" else ""
+    filled = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "scalar_tensor": "s"}
+    return name in ("zeros", "zeros_like", "new_zeros") or (
+        name in filled and given_arguments(value)[filled[name]] == 0
+    )
+
+
+def _cancels(weights: fx.Node) -> bool:
+    """Whether a factor for each query that multiplies the weights shows in no output."""
+    factors = {weights: Factor(1, 2)}
+    for node in weights.graph.nodes:
+        reads = {a: factors[a] for a in node.all_input_nodes if a in factors}
+        if node in factors or not any(node in _readers(a) for a in reads):
+            continue
+        found = _factor(node, reads)
+        if found is None:
+            return False
+        if found.power:
+            factors[node] = found
+    return True
+
+
+def _factor(node: fx.Node, reads: dict[fx.Node, Factor]) -> Factor | None:
+    """What multiplies a call's result; None where that is no power of the factor."""
+    if node.op != "call_function" or not is_tensor(node):
+        return None
+    name, args, rank = operator_name(node.target), node.args, node.meta["val"].dim()
+    given = given_arguments(node)
+    first = reads.get(args[0]) if isinstance(args[0], fx.Node) else None  # type: ignore[arg-type]
+    if name in ("mul", "div"):
+        queries = {f.queries for f in reads.values()}
+        if len(queries) > 1 or given.get("rounding_mode") or any(a.meta["val"].dim() != rank for a in reads):
+            return None
+        powers = [reads[a].power if isinstance(a, fx.Node) and a in reads else 0 for a in args[:2]]
+        return Factor(powers[0] + powers[1] if name == "mul" else powers[0] - powers[1], *queries)
+    if first is None or len(reads) > 1:
+        return None
+    if name in _COPIES:
+        return first if node.meta["val"].is_floating_point() else None
+    if name in _PRODUCTS:
+        return (
+            first
+            if first.queries == 2 and args[1] not in reads and rank == args[0].meta["val"].dim()
+            else None
+        )  # type: ignore[union-attr]
+    if name == "sum":
+        return _summed(given, first, args[0].meta["val"].dim())  # type: ignore[union-attr]
+    if name == "unsqueeze" and args[1] in (-1, rank - 1):
+        return replace(first, queries=first.queries + 1)
+    if name == "expand" and rank == args[0].meta["val"].dim():  # type: ignore[union-attr]
+        return first
+    return None
+
+
+def _summed(given: dict[str, Any], factor: Factor, rank: int) -> Factor | None:
+    """After a sum over the keys."""
+    dims = given.get("dim")
+    if dims is None or [d % rank for d in dims] != [rank - 1] or factor.queries != 2:
+        return None
+    return factor if given.get("keepdim") else replace(factor, queries=1)
+
+
+def _weights(
+    graph: fx.Graph, program: Program, chain: list[fx.Node], copied: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """The masked weights anew: a softmax of the scores that the masks leave, masked."""
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return add_call(graph, chain[-1], program.sequence.meta["val"].fake_mode, target, args, kwargs)
+
+    source = _scores(chain[0])
+    assert source is not None
+    scores = copied[source]
+    masks = [found for before, node in pairwise(chain) if (found := _mask(node, before)) is not None]
+    plain = [m for m in masks if m[0].meta["val"].dtype == torch.bool]
+    for found, is_kept in plain or masks:  # other factors may be zero, too, and then are so below
+        mask = copied[found]
+        if found.meta["val"].dtype != torch.bool:
+            mask = call(aten.ne.Scalar, mask, 0)
+        if is_kept:
+            mask = call(aten.logical_not.default, mask)
+        scores = call(aten.masked_fill.Scalar, scores, mask, -math.inf)
+    value = call(aten.softmax.int, scores, -1)
+    for before, node in pairwise(chain):
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda a, b=before, v=value: v if a is b else copied[a]
+        )
+        value = call(node.target, *args, **kwargs)
+    return value
