@@ -39,6 +39,7 @@ aten = torch.ops.aten
 _SOFTMAXES = ("softmax", "_softmax")
 _COPIES = ("to", "_to_copy", "clone", "contiguous", "alias", "detach", "dropout")
 _LONGEST, _MOST_ELEMENTS = 1 << 17, 1 << 26
+_HALVES, _FEWEST_EXACT = frozenset({torch.float16, torch.bfloat16}), 128
 
 
 def with_softmaxes_bare(program: Program) -> Program:
@@ -93,7 +94,7 @@ class _Baring:
         name = operator_name(node.target) if node.op == "call_function" else ""
         if name == "slice":
             return self.without_columns(node)
-        if name in _SOFTMAXES and _last(node, 1):
+        if name in _SOFTMAXES and works_along_last(node, 1):
             key: Any = 0
         elif name == "scaled_dot_product_attention" and is_tensor(given_arguments(node).get("attn_mask")):
             key = 3 if len(node.args) > 3 else "attn_mask"
@@ -147,8 +148,22 @@ class _Baring:
         if not self.by_query:
             return None
         if node not in self.biases:
-            self.biases[node] = self.by_lag(node) if self.is_moving(node) else None
+            self.biases[node] = self.by_lag(node) if self.is_moving(node) else self.multiple(node)
         return self.biases[node]
+
+    def multiple(self, node: fx.Node) -> fx.Node | None:
+        """A bias by its distance from the newest position, times a number for each head or query: learned, say."""
+        if operator_name(node.target) != "mul" or not all(map(is_tensor, node.args)):
+            return None
+        if node.meta["val"].dtype in _HALVES:
+            return None  # a product that is rounded by the distance from the newest position
+        for number, table in (node.args, node.args[::-1]):
+            shape = sizes(number)  # type: ignore[arg-type]
+            if not shape or self.is_one(shape[-1]):
+                by_lag = self.bias(table)  # type: ignore[arg-type]
+                if by_lag is not None:
+                    return self.call(node.target, self.copied[number], by_lag)  # type: ignore[index]
+        return None
 
     def is_moving(self, node: fx.Node) -> bool:
         """Whether a value is one bias for each key, the same to all queries, and moves with the length."""
@@ -158,7 +173,8 @@ class _Baring:
             and rank > 0
             and axes_of(program, node) == Axes((rank - 1,), (), True)
             and (rank == 1 or self.is_one(sizes(node)[-2]))
-            and node.meta["val"].dtype in (torch.float32, torch.float64)
+            and node.meta["val"].dtype not in (torch.bool, torch.uint8)
+            and not node.meta["val"].is_complex()
             and self.is_linear(node)
         )
 
@@ -173,19 +189,24 @@ class _Baring:
             return False  # new weights would have to be asked again
         values = twin_values(program)
         longest, lengths = self.longest(node), sample_lengths(program)
-        if longest is None or len(lengths) < 2:
+        if longest is None or longest < 2 or len(lengths) < 2:
             return False
         short, long = lengths[:2]
         a, b = (_table(program, node, n, values) for n in (short, long))
         if agrees(a, b[..., :short]) or not agrees(a, b[..., -short:]):
             return False
-        whole = _table(program, node, longest, values)
-        distance = torch.arange(longest - 1, -1, -1, dtype=torch.float64, device=whole.device)
-        line = whole[..., :1] * (distance / max(longest - 1, 1))
-        own, twin = (4 * torch.finfo(d).eps for d in (node.meta["val"].dtype, whole.dtype))
-        # By each entry's own size: the furthest is so large that its rounding would hide a bend among the near ones.
-        if not bool(((whole - line).abs() <= own * line.abs() + twin * whole.abs().amax()).all()):
-            return False
+        kinds = {
+            n.meta["val"].dtype for n in _behind(node) if is_tensor(n) and n.meta["val"].is_floating_point()
+        }
+        for rewrite, of in ((widen_call, values), (None, program.values)):
+            straight = _is_straight(
+                _table(program, node, longest, of, rewrite), 4 * torch.finfo(torch.float32).eps
+            )
+            if not straight.all():
+                # Half precision counts as far as it is exact: rounding of far keys would change their weights.
+                longest = int(straight.flip(0).long().cumprod(0).sum())
+                if kinds.isdisjoint(_HALVES) or longest < _FEWEST_EXACT:
+                    return False
         self.most = longest if self.most is None else min(self.most, longest)
         return True
 
@@ -228,13 +249,13 @@ class _Baring:
         if bounds is None or bounds[1] != node.meta["val"].dim() - 1:
             return None
         after, softmax = _through(bounds[0])
-        if operator_name(softmax.target) not in _SOFTMAXES or not _last(softmax, 1):
+        if operator_name(softmax.target) not in _SOFTMAXES or not works_along_last(softmax, 1):
             return None
         before, joined = _through(softmax.args[0])  # type: ignore[arg-type]
         if operator_name(joined.target) == "sub" and _is_largest(joined.args[1]):
             more, joined = _through(joined.args[0])  # type: ignore[arg-type]
             before = [*more, *before]
-        if operator_name(joined.target) not in ("cat", "concat") or not _last(joined, 1):
+        if operator_name(joined.target) not in ("cat", "concat") or not works_along_last(joined, 1):
             return None
         pieces: Any = joined.args[0]
         offset: Any = 0
@@ -275,20 +296,31 @@ class _Baring:
         return value
 
 
-def _table(program: Program, node: fx.Node, length: int, values: Any) -> Tensor:
+def _is_straight(table: Tensor, rounding: float) -> Tensor:
+    """[longest]: whether all entries of a key are its distance from the last times one number, which each row has."""
+    table = table.double().reshape(-1, table.shape[-1])
+    distance = torch.arange(table.shape[-1] - 1, -1, -1, dtype=table.dtype, device=table.device)
+    line = table[:, -2:-1] * distance
+    # By each entry's own size: the furthest is so large that its rounding would hide a bend among the near ones.
+    return ((table - line).abs() <= rounding * line.abs()).all(0)
+
+
+def _table(program: Program, node: fx.Node, length: int, values: Any, rewrite: Any = widen_call) -> Tensor:
+    """A table at one length: as the twin has it, or (``rewrite`` None) in the model's own types."""
     example = program.example
     batch = program.batch if isinstance(program.batch, int) else 1
     shape = (batch, length, *example.shape[2:])
-    sequence = example.new_zeros((1,) * len(shape), dtype=widen(example.dtype)).expand(shape)
+    dtype = widen(example.dtype) if rewrite is not None else example.dtype
+    sequence = example.new_zeros((1,) * len(shape), dtype=dtype).expand(shape)
     with torch.no_grad():
-        return program.evaluate(sequence, values, keep=[node], rewrite=widen_call)[node]
+        return program.evaluate(sequence, values, keep=[node], rewrite=rewrite)[node]
 
 
 def _behind(node: fx.Node) -> set[fx.Node]:
     return {node, *(n for n in needed(list(node.graph.nodes), [node]))}
 
 
-def _last(node: fx.Node, place: int) -> bool:
+def works_along_last(node: fx.Node, place: int) -> bool:
     """Whether an operator works along the last dimension."""
     dim: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
     return dim % node.meta["val"].dim() == node.meta["val"].dim() - 1

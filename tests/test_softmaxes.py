@@ -38,6 +38,7 @@ class Attention(nn.Module):
         self.register_buffer("curved", slopes * torch.arange(-127, 1) ** 2 / 50)
         self.register_buffer("late", torch.zeros(128, dtype=torch.float64))
         self.sinks = nn.Parameter(torch.randn(HEADS))
+        self.slopes = nn.Parameter(torch.tensor([0.5, 0.3], dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -58,6 +59,19 @@ def counted_down(self, scores: Tensor) -> Tensor:
     bias = torch.arange(1 - length, 1, dtype=scores.dtype) * 0.25
     mask = torch.zeros(length, length, dtype=scores.dtype).masked_fill(later(length), -math.inf)
     return (2 * (scores + bias) + mask).softmax(-1)
+
+
+def learned_slopes(self, scores: Tensor) -> Tensor:
+    length = scores.shape[-1]
+    biased = scores - self.slopes.abs()[:, None, None] * torch.arange(length - 1, -1, -1)
+    return biased.masked_fill(later(length), -math.inf).softmax(-1)
+
+
+def half_slopes(self, scores: Tensor) -> Tensor:
+    """Powers of two, times whole numbers: exact as far as these are."""
+    length = scores.shape[-1]
+    bias = torch.tensor([0.5, 0.25], dtype=torch.bfloat16)[:, None, None] * torch.arange(1 - length, 1)
+    return (scores + bias).masked_fill(later(length), -math.inf).softmax(-1)
 
 
 def largest_taken_off(self, scores: Tensor) -> Tensor:
@@ -96,7 +110,17 @@ def two_sinks_before(self, scores: Tensor) -> Tensor:
     return torch.cat([columns, scores], -1).softmax(-1)[..., 2:]
 
 
-MODELS = [last_columns, counted_down, largest_taken_off, by_hand, times_the_largest, sink, two_sinks_before]
+MODELS = [
+    last_columns,
+    counted_down,
+    learned_slopes,
+    half_slopes,
+    largest_taken_off,
+    by_hand,
+    times_the_largest,
+    sink,
+    two_sinks_before,
+]
 
 
 def made(weigh) -> nn.Module:
@@ -106,7 +130,7 @@ def made(weigh) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("weigh", by_speed(MODELS, (last_columns, by_hand, sink).__contains__))
+@pytest.mark.parametrize("weigh", by_speed(MODELS, (learned_slopes, by_hand, sink).__contains__))
 def test_keys_and_values_are_kept(weigh):
     net = made(weigh)
     dec = decoder(net, features(2, 9, WIDTH), max_length=100)
@@ -209,6 +233,33 @@ def test_biases_that_bend_by_little():
     assert gap(net(sequence)[:, :30], net(sequence[:, :30])) > 1e-5
     with pytest.raises(fi_compile.Unsupported):
         decoder(net, features(2, 9, WIDTH).float(), max_length=64)
+
+
+def rounded_slopes(self, scores: Tensor) -> Tensor:
+    """Each product is rounded by its distance from the newest position, which follows the length."""
+    length = scores.shape[-1]
+    slopes, distance = torch.tensor([0.65, 0.3]).bfloat16()[:, None, None], torch.arange(1 - length, 1)
+    bias = (slopes * distance.bfloat16()).to(scores.dtype)
+    return (scores + bias).masked_fill(later(length), -math.inf).softmax(-1)
+
+
+def learned_bend(self, scores: Tensor) -> Tensor:
+    length = scores.shape[-1]
+    bias = self.slopes[:, None, None] * torch.arange(1 - length, 1).clamp(min=-20)
+    return (scores + bias).masked_fill(later(length), -math.inf).softmax(-1)
+
+
+@pytest.mark.parametrize("weigh", [rounded_slopes, learned_bend])
+def test_products_that_are_no_multiples_of_the_distance(weigh):
+    net, sequence = made(weigh), features(2, 40, WIDTH)
+    assert gap(net(sequence)[:, :20], net(sequence[:, :20])) > 1e-5
+    program = trace_module(net, features(2, 9, WIDTH))
+    assert with_softmaxes_bare(program) is program
+
+
+def test_half_precision_ends_where_it_rounds():
+    program = with_softmaxes_bare(trace_module(made(half_slopes), features(2, 9, WIDTH)))
+    assert program.lengths.maximum == 257
 
 
 def strictly_earlier(self, scores: Tensor) -> Tensor:
