@@ -35,6 +35,7 @@ from .program import Input, Kind, Lengths, Program, is_tensor, sizes, source_of
 from .spelled_out import shape_env_of
 
 _MOST_CALLED = 1 << 18  # lengths at which the calls of two traces at one length are compared
+_MOST_FAILING = 64  # lengths from the shortest on at which a trace may fail
 _FAR = 1 << 12  # lengths at which a model is compared, whatever capacity is wanted
 _MOST_PAIRS = 2  # of a number of rows and a length that a layout excludes: so many are traced
 
@@ -63,7 +64,11 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
         near = max(trace_length, example.shape[1], length or 0)
         try:
             program = _before_far_holes(_trace_at(model, example, trace_length), near)
-            odd = disagreements(program, model)  # which a program whose tables end below its range cannot run
+            try:
+                odd = disagreements(program, model)  # which a program whose tables end below its range cannot run
+            except IndexError:
+                program = _from_where_it_runs(program)
+                odd = disagreements(program, model)
             if not odd:
                 program = _covered(program, model, near)
         except Exception as error:
@@ -115,6 +120,18 @@ _PINNED = Refusal(
     hint="spell the loop as operators on whole sequences (cumsum, scores with a mask, a convolution), or register a "
     "mixer; take sizes from x.shape[1] by plain integer arithmetic",
 )
+
+
+def _from_where_it_runs(program: Program) -> Program:
+    """Begun at the first length it runs at: `x[:, [-1, -3]]` leaves no guard."""
+    shortest = program.lengths.minimum
+    for n in program.lengths.upto(shortest + _MOST_FAILING):
+        try:
+            with torch.no_grad():
+                program.evaluate(_resized(program.example, program.example.shape[0], int(n)))
+        except IndexError:
+            shortest = int(n) + 1
+    return replace(program, lengths=replace(program.lengths, minimum=shortest))
 
 
 def _before_far_holes(program: Program, near: int) -> Program:

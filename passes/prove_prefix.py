@@ -486,13 +486,24 @@ def _number(value: np.ndarray) -> Any:
 def _not_certified(fact: Fact) -> Deny:
     """Why an output that has a fact is no certified one."""
     held = [_longest(a.size) for a in fact.axes if not a.fixed and _ends(a.size)]
+    if held and all(a.fixed or a.prefix for a in fact.axes):
+        return Deny(
+            "unproved",
+            f"the output holds the first {held[0]} positions, and fewer in short sequences",
+            "return all positions, and cut what is returned",
+        )
     if held:
         return Deny(
             "moving",
             f"the output holds {held[0]} positions that move on when the sequence grows",
             "return all positions, or up to the last 32",
         )
-    return Deny("unproved", f"the output is not certified: {_describe(fact, True)}")
+    reason = _describe(fact, True)
+    hint = "return all positions, and cut or shift what is returned" if reason == _OTHER_SIZE else None
+    return Deny("unproved", f"the output is not certified: {reason}", hint)
+
+
+_OTHER_SIZE = "a size follows the length in another way than the sequence does"
 
 
 def _ends(size: Quantity) -> bool:
@@ -521,6 +532,4 @@ def _describe(fact: Fact, missing: bool = False) -> str:
             words.append("positions are merged with another dimension")
     if fact.newest:
         words.append("the newest row")
-    return (
-        ", ".join(dict.fromkeys(words)) or "a size follows the length in another way than the sequence does"
-    )
+    return ", ".join(dict.fromkeys(words)) or _OTHER_SIZE

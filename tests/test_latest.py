@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import fi_compile
-from decoding import Net, decoder, features, gap, ids, language_model
+from decoding import Net, by_speed, decoder, features, gap, ids, language_model
 from transparent import OPTIONS
 
 KEPT = 3
@@ -104,3 +104,45 @@ def test_a_size_that_torch_leaves_open():
     net = Net(lambda _, x: x.cumsum(1)[:, x.shape[1] - KEPT - x.shape[1] // 140 :])
     with pytest.raises(fi_compile.Unsupported, match="positions that move on"):
         decoder(net, features(2, 9, 2), max_length=200)
+
+
+def newest_of_each_row(y: Tensor) -> Tensor:
+    return y[torch.arange(y.shape[0]), torch.full((y.shape[0],), y.shape[1] - 1)]
+
+
+SPELLINGS = [
+    lambda y: y[:, [-2, -1]], lambda y: y[:, [-1, -3]], lambda y: y[:, -2], lambda y: y.flip(1)[:, :3],
+    lambda y: y.flip(1)[:, 0], lambda y: y[:, torch.arange(y.shape[1] - 3, y.shape[1])],
+    lambda y: y.index_select(1, torch.tensor([y.shape[1] - 1])), newest_of_each_row,
+    lambda y: y.gather(1, torch.full((y.shape[0], 1, y.shape[2]), y.shape[1] - 2)),
+    lambda y: y.split(y.shape[1] - 1, 1)[1], lambda y: y.flip(1)[:, 1:3, None].mean(2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "spelling", by_speed(SPELLINGS, {SPELLINGS[i] for i in (1, 2, 3, 7, 8)}.__contains__)
+)
+def test_positions_in_other_words(spelling):
+    net, sequence = Net(lambda _, x: spelling(x.cumsum(1))), features(2, 20, 2)
+    dec = decoder(net, features(2, 9, 2), max_length=40)
+    assert dec.report.verdict == "proved"
+    assert not dec.report.notes
+    dec.prefill(sequence[:, :4])
+    for t in range(4, 20):
+        assert gap(dec.step(sequence[:, t]), net(sequence[:, : t + 1])) < 1e-12
+
+
+OTHERS = [
+    (lambda y: y[:, [0, -1]], "data_dependent|positions"),
+    (lambda y: y[:, [-2, -40]], "positions|out of bounds"),
+    (lambda y: y.flip(1)[:, :40], "positions"),
+    (lambda y: y[:, torch.arange(y.shape[1] // 2, y.shape[1] // 2 + 2)], "index"),
+    (lambda y: y[:, 1:], "cut or shift what is returned"),
+    (lambda y: y[:, :3], "holds the first 3 positions"),
+]
+
+
+@pytest.mark.parametrize(("spelling", "reason"), OTHERS)
+def test_other_positions_are_named(spelling, reason):
+    with pytest.raises(fi_compile.Unsupported, match=reason):
+        decoder(Net(lambda _, x: spelling(x.cumsum(1))), features(2, 50, 2), max_length=60)
