@@ -195,6 +195,7 @@ def _numbers(program: Program, index: fx.Node, alike: bool) -> list[Any] | None:
     if index.meta["val"].dtype != dtype:
         return None
     name, given = operator_name(index.target), {}
+    found: list[Any] = []
     if index.op == "placeholder":
         kinds = {program.nodes[i.name]: i.kind for i in program.inputs}
         value = program.values.get(index.name)

@@ -205,8 +205,9 @@ def _factor(node: fx.Node, reads: dict[fx.Node, Factor]) -> Factor | None:
     if node.op != "call_function" or not is_tensor(node):
         return None
     name, args, rank = operator_name(node.target), node.args, node.meta["val"].dim()
-    given = given_arguments(node)
-    first = reads.get(args[0]) if isinstance(args[0], fx.Node) else None  # type: ignore[arg-type]
+    given, source = given_arguments(node), args[0]
+    first = reads.get(source) if isinstance(source, fx.Node) else None
+    before = source.meta["val"].dim() if is_tensor(source) else 0  # type: ignore[union-attr]
     if name in ("mul", "div"):
         queries = {f.queries for f in reads.values()}
         if len(queries) > 1 or given.get("rounding_mode") or any(a.meta["val"].dim() != rank for a in reads):
@@ -218,16 +219,13 @@ def _factor(node: fx.Node, reads: dict[fx.Node, Factor]) -> Factor | None:
     if name in _COPIES:
         return first if node.meta["val"].is_floating_point() else None
     if name in _PRODUCTS:
-        return (
-            first
-            if first.queries == 2 and args[1] not in reads and rank == args[0].meta["val"].dim()
-            else None
-        )  # type: ignore[union-attr]
+        kept = first.queries == 2 and args[1] not in reads and rank == before
+        return first if kept else None
     if name == "sum":
-        return _summed(given, first, args[0].meta["val"].dim())  # type: ignore[union-attr]
+        return _summed(given, first, before)
     if name == "unsqueeze" and args[1] in (-1, rank - 1):
         return replace(first, queries=first.queries + 1)
-    if name == "expand" and rank == args[0].meta["val"].dim():  # type: ignore[union-attr]
+    if name == "expand" and rank == before:
         return first
     return None
 

@@ -151,7 +151,7 @@ class _Forms:
             sides = [s for s, empty in ((given["self"], False), (given["other"], True))
                      if chosen is not None and not bool((chosen == empty).any())]  # fmt: skip
             return sides[0] if sides and self.is_like(sides[0], node) else None
-        source = given.get("self", given.get("input"))
+        source: Any = given.get("self", given.get("input"))
         if not is_tensor(source):
             return None
         if name in ("slice_scatter", "copy"):

@@ -7,6 +7,7 @@ is made of rows.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from dataclasses import replace
 from typing import Any
@@ -72,7 +73,8 @@ class _Resolving:
             self.node = node
             made = None
             if node.op == "call_function" and operator_name(node.target) in (*_WRITES, "slice"):
-                made = self.made(node, copied)
+                with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError):  # sizes do not fit
+                    made = self.made(node, copied)
             copied[node] = made or self.graph.node_copy(node, copied.__getitem__)
             if node.target is aten.view.default:  # of a value that may lie in memory in another order now
                 copied[node].target = aten.reshape.default
@@ -231,17 +233,17 @@ class _Resolving:
         if cut is not None and sizes(cut[0])[dim] == sizes(whole)[dim] and cut[1] <= start:
             return cut[0] if cut[1] == start else self.later(cut[0], dim, start - cut[1])
         rank, value = len(sizes(source)), source.meta["val"]
-        if name == "expand" and is_tensor(source.args[0]):
-            inner: Any = source.args[0]
-            own = dim - (rank - inner.meta["val"].dim())
-            if own < 0 or sizes(inner)[own] == 1:
-                return inner
+        first: Any = source.args[0] if source.args else None
+        if name == "expand" and is_tensor(first):
+            own = dim - (rank - first.meta["val"].dim())
+            if own < 0 or sizes(first)[own] == 1:
+                return first
         if name in _ALONG_LAST and dim < rank - 1:
-            return self.call(source.target, self.placed(source.args[0], dim, start, whole), *source.args[1:])  # type: ignore[arg-type]
+            return self.call(source.target, self.placed(first, dim, start, whole), *source.args[1:])
         if name == "slice" and cut is None and (found := cut_of(source)) is not None and found[1] != dim:
-            return self.call(source.target, self.placed(source.args[0], dim, start, whole), *source.args[1:])
+            return self.call(source.target, self.placed(first, dim, start, whole), *source.args[1:])
         if name == "cat" and given_arguments(source).get("dim", 0) % rank != dim:
-            pieces = [self.placed(piece, dim, start, whole) for piece in source.args[0]]
+            pieces = [self.placed(piece, dim, start, whole) for piece in first]
             return self.call(source.target, pieces, *source.args[1:])
         if name in _BY_ENTRY and value.is_floating_point():
             new: dict[fx.Node, fx.Node] = {}
