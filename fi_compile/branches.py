@@ -14,10 +14,11 @@ from dataclasses import replace
 
 import numpy as np
 import sympy
+import torch
 
 from .alike import are_alike, is_same
 from .errors import Refusal, Unsupported
-from .guards import HORIZON, lengths_of
+from .guards import HORIZON, from_whole_sizes, lengths_of
 from .passes.prove_prefix import prove_prefix
 from .program import Program, is_tensor
 from .single import same_at_one
@@ -27,6 +28,7 @@ _MOST_SINGLE = 24  # traces for one length
 _MOST_COLLISIONS = 4
 _SHORTEST = 2  # a trace is for no length of 1: see `_Walk.settle_one`
 _MOST_POSITIONS = 1 << 19  # that are compared one length after another
+_MOST_FAILING = 64  # lengths from the shortest on at which a trace may fail
 _LONGEST_COMPARED = 1 << 16
 
 Trace = Callable[..., Program]
@@ -101,6 +103,8 @@ class _Walk:
         lengths = lengths_of(self.admitted, self.admitted)
         if lengths is not None:
             end = before.maximum if lengths.maximum is None else lengths.maximum
+            of = self.program
+            lengths = from_whole_sizes(lengths, of.graph.nodes, of.length, of.batch)
             self.program = replace(self.program, lengths=replace(lengths, fewest=before.fewest, maximum=end))
 
     def settle_one(self) -> None:
@@ -170,6 +174,19 @@ class _Walk:
         else:
             self.known[n:] = True
             self.admitted[n:] = False
+
+
+def from_where_it_runs(program: Program) -> Program:
+    """The program begun at the first length it runs at: `x[:, [-1, -3]]` leaves no guard."""
+    example, shortest = program.example, program.lengths.minimum
+    for n in program.lengths.upto(shortest + _MOST_FAILING):
+        shape = (example.shape[0], int(n), *example.shape[2:])
+        try:
+            with torch.no_grad():
+                program.evaluate(example.new_zeros((1,) * len(shape)).expand(shape))
+        except IndexError:
+            shortest = int(n) + 1
+    return replace(program, lengths=replace(program.lengths, minimum=shortest))
 
 
 def answers_one_alike(program: Program) -> bool:

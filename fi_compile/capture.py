@@ -26,16 +26,15 @@ from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from .alike import is_same
-from .branches import cover_lengths, follows_one_row, follows_rows, matters_for_one_row
+from .branches import cover_lengths, follows_one_row, follows_rows, from_where_it_runs, matters_for_one_row
 from .compare import attributes_kept, batches_agree, disagreements
 from .errors import Refusal, Unsupported
 from .exporting import export_module
-from .guards import admitted_lengths, rows_left_out
+from .guards import admitted_lengths, from_whole_sizes, rows_left_out
 from .program import Input, Kind, Lengths, Program, is_tensor, sizes, source_of
 from .spelled_out import shape_env_of
 
 _MOST_CALLED = 1 << 18  # lengths at which the calls of two traces at one length are compared
-_MOST_FAILING = 64  # lengths from the shortest on at which a trace may fail
 _FAR = 1 << 12  # lengths at which a model is compared, whatever capacity is wanted
 _MOST_PAIRS = 2  # of a number of rows and a length that a layout excludes: so many are traced
 
@@ -64,10 +63,10 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
         near = max(trace_length, example.shape[1], length or 0)
         try:
             program = _before_far_holes(_trace_at(model, example, trace_length), near)
-            try:
-                odd = disagreements(program, model)  # which a program whose tables end below its range cannot run
+            try:  # which a program whose tables end below its range cannot run
+                odd = disagreements(program, model)
             except IndexError:
-                program = _from_where_it_runs(program)
+                program = from_where_it_runs(program)
                 odd = disagreements(program, model)
             if not odd:
                 program = _covered(program, model, near)
@@ -120,18 +119,6 @@ _PINNED = Refusal(
     hint="spell the loop as operators on whole sequences (cumsum, scores with a mask, a convolution), or register a "
     "mixer; take sizes from x.shape[1] by plain integer arithmetic",
 )
-
-
-def _from_where_it_runs(program: Program) -> Program:
-    """Begun at the first length it runs at: `x[:, [-1, -3]]` leaves no guard."""
-    shortest = program.lengths.minimum
-    for n in program.lengths.upto(shortest + _MOST_FAILING):
-        try:
-            with torch.no_grad():
-                program.evaluate(_resized(program.example, program.example.shape[0], int(n)))
-        except IndexError:
-            shortest = int(n) + 1
-    return replace(program, lengths=replace(program.lengths, minimum=shortest))
 
 
 def _before_far_holes(program: Program, near: int) -> Program:
@@ -354,7 +341,8 @@ def _read(exported: ExportedProgram, model: nn.Module, example: Tensor, pinned: 
             )
         )
     _refuse_counted(graph, {length, batch})
-    lengths = admitted_lengths(guards, length, batch, shape_env.var_to_range[length])
+    ranges = shape_env.var_to_range[length]
+    lengths = from_whole_sizes(admitted_lengths(guards, length, batch, ranges), graph.nodes, length, batch)
     return Program(module, tuple(inputs), length, batch, lengths, out_spec, values, example.detach(), guards)
 
 

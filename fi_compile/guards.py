@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import sympy
+from torch import fx
 
 from .errors import Refusal, Unsupported
-from .program import Lengths
+from .program import Lengths, is_tensor, sizes
 from .symbolic import evaluate_at
 
 # Guards are evaluated up to here to learn which lengths they admit; far beyond any capacity in use.
@@ -39,6 +41,18 @@ def admitted_lengths(
     if found is None:
         raise Unsupported(Refusal("lengths", "the model's guards admit no length at all"))
     return found
+
+
+def from_whole_sizes(lengths: Lengths, nodes: Iterable[fx.Node], length: sympy.Symbol, batch: Any) -> Lengths:
+    """Begun where no size is negative: ``x[:, :-4]`` of 3 positions is empty, whatever a trace without guards says."""
+    some = np.arange(lengths.minimum, lengths.minimum + _IRREGULAR)
+    exprs = {s for n in nodes if is_tensor(n) for s in sizes(n) if length in getattr(s, "free_symbols", ())}
+    shortest = lengths.minimum
+    for expr in exprs:
+        negative = evaluate_at(expr, {length: some, batch: 3}, some.shape) < 0
+        if negative.any():
+            shortest = max(shortest, int(some[negative][-1]) + 1)
+    return lengths if shortest == lengths.minimum else replace(lengths, minimum=shortest)
 
 
 def _admitted_upto(

@@ -39,7 +39,7 @@ _ALONG = frozenset({"cumsum", "cumprod", "logcumsumexp", "flip"})
 def same_at_one(program: Program, other: Program) -> bool:
     """Whether both graphs make the same calls of one position, passing over calls that change nothing there.
 
-    Masks and other tables are evaluated there; parameters are not, so they may have any values.
+    Masks and other tables are evaluated there; parameters and buffers are not, so they may have any values.
     """
     try:
         forms = _Forms()
@@ -206,8 +206,8 @@ class _Forms:
 
 
 def _constants(program: Program) -> dict[fx.Node, Tensor]:
-    """What neither the sequence nor a parameter has a part in, at a length of 1."""
-    free = {program.nodes[i.name] for i in program.inputs if i.kind in (Kind.SEQUENCE, Kind.PARAMETER)}
+    """What neither the sequence nor a weight has a part in, at a length of 1."""
+    free = {program.nodes[i.name] for i in program.inputs if i.kind is not Kind.CONSTANT}
     for node in program.graph.nodes:
         if node.op == "call_function" and any(a in free for a in data_arguments(node)):
             free.add(node)

@@ -30,6 +30,11 @@ _BY_ENTRY -= {
     "prelu",
     "_unsafe_view_copy",
 }  # these place dimensions their own way
+# Also of whole numbers: what they do to rows that nobody reads is no error.
+_NEVER_FAIL = frozenset({
+    "gt", "ge", "lt", "le", "eq", "ne", "logical_and", "logical_or", "logical_not", "add", "sub", "mul", "to",
+    "_to_copy", "where", "masked_fill", "clone",
+})  # fmt: skip
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 _ALONG_LAST = frozenset({"linear", "layer_norm", "rms_norm"})
 _OPEN_END = 1 << 62
@@ -245,7 +250,7 @@ class _Resolving:
         if name == "cat" and given_arguments(source).get("dim", 0) % rank != dim:
             pieces = [self.placed(piece, dim, start, whole) for piece in first]
             return self.call(source.target, pieces, *source.args[1:])
-        if name in _BY_ENTRY and value.is_floating_point():
+        if name in _BY_ENTRY and (value.is_floating_point() or name in _NEVER_FAIL):
             new: dict[fx.Node, fx.Node] = {}
             for argument in filter(is_tensor, source.all_input_nodes):
                 own = dim - (rank - argument.meta["val"].dim())

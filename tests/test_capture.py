@@ -174,7 +174,7 @@ def test_python_that_no_tracer_follows(name):
 def test_branches_on_data():
     with pytest.raises(Unsupported) as caught:
         traced(lambda x: x if x.sum() > 0 else -x)
-    assert caught.value.refusals[0].kind == "trace"
+    assert caught.value.refusals[0].kind == "data_dependent"
 
 
 def test_a_length_that_is_pinned():

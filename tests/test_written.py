@@ -114,6 +114,13 @@ def in_a_padded_buffer(net: Writes, x: Tensor) -> Tensor:
     return y
 
 
+def after_four(net: Writes, x: Tensor) -> Tensor:
+    """Of fewer than four positions nothing is written, whatever sizes the trace computes."""
+    y = torch.ones_like(x)
+    y[:, 4:] = torch.where(x[:, :-4] > 0, x[:, :-4], x[:, 4:])
+    return y.cumsum(1)
+
+
 def several_writes(net: Writes, x: Tensor) -> Tensor:
     y = x.clone()
     y[:, 1:] = x[:, :-1]
@@ -132,6 +139,7 @@ KINDS = {
     some_channels: {"short_conv"},
     in_heads: {"short_conv"},
     first_row: {"scan"},
+    after_four: {"scan", "short_conv"},
     every_second_feature: {"attention"},
     in_a_padded_buffer: {"long_conv"},
     several_writes: {"short_conv"},
