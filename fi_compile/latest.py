@@ -24,6 +24,7 @@ from .program import (
     add_call,
     as_expr,
     given_arguments,
+    is_getitem,
     is_tensor,
     measure,
     operator_name,
@@ -207,6 +208,8 @@ def _numbers(program: Program, index: fx.Node, alike: bool) -> list[Any] | None:
         ):
             return None
         found = value.flatten().tolist()
+    elif is_getitem(index):
+        return None
     else:
         given = given_arguments(index)
     if name in ("full", "new_full", "full_like"):

@@ -202,7 +202,7 @@ def _cancels(weights: fx.Node) -> bool:
 
 def _factor(node: fx.Node, reads: dict[fx.Node, Factor]) -> Factor | None:
     """What multiplies a call's result; None where that is no power of the factor."""
-    if node.op != "call_function" or not is_tensor(node):
+    if node.op != "call_function" or not is_tensor(node) or is_getitem(node):
         return None
     name, args, rank = operator_name(node.target), node.args, node.meta["val"].dim()
     given, source = given_arguments(node), args[0]
