@@ -176,6 +176,15 @@ def test_a_branch_for_one_position_that_matters_for_large_values_only(condition)
     assert traced(Net(clamped_if(condition)), None).lengths.fewest == 2
 
 
+def test_a_branch_far_off_does_not_settle_one_position():
+    def function(net: Net, x: Tensor) -> Tensor:
+        if x.shape[1] > 5000:
+            return x.clamp(-7, 7)
+        return x.clamp(-6, 6) if x.shape[1] == 1 else x * 1
+
+    assert traced(Net(function), None).lengths.fewest == 2
+
+
 def test_one_position_is_not_decoded_by_the_graph_of_more():
     dec = decoder(Net(clamped_if(ONE[0])), features(2, 12, WIDTH), max_length=40)
     with pytest.raises(FlashinfError, match="give at least 2"):
