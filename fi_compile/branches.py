@@ -113,7 +113,11 @@ class _Walk:
         Operators go other ways there themselves, so no trace is for it and for more; one for it alone may be alike.
         """
         before = self.program.lengths
-        if self.one_is_settled or any(n <= self.near for n in self.unlike) or 1 % before.period in before.left_out:
+        if (
+            self.one_is_settled
+            or any(n <= self.near for n in self.unlike)
+            or 1 % before.period in before.left_out
+        ):
             return
         try:
             one = self.trace(1, pinned=True)

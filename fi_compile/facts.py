@@ -15,6 +15,7 @@ Convolution of contents then needs no linearity: c = a * b is known up to
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -51,11 +52,26 @@ class Deny(Exception):
 
 
 def tidy(value: Any) -> Quantity:
-    """An array of equal entries as one ``int``."""
+    """An array of equal entries as one ``int``, and arrays of the same entries as one array."""
     if isinstance(value, np.ndarray):
         first = value.flat[0]
-        return int(first) if bool((value == first).all()) else value
+        return int(first) if bool((value == first).all()) else _one_of(value)
     return int(value)
+
+
+def _one_of(value: np.ndarray) -> np.ndarray:
+    """The array of these entries that is in use already: there are few, and each has an entry for every length."""
+    key = value.shape, value.dtype, value.flat[:: max(1, value.size // 16)].tobytes()
+    known = _in_use.get(key)
+    if known is value or (known is not None and np.array_equal(known, value)):
+        return known
+    value = value.copy() if value.base is not None else value
+    value.flags.writeable = False
+    _in_use[key] = value
+    return value
+
+
+_in_use: weakref.WeakValueDictionary[Any, np.ndarray] = weakref.WeakValueDictionary()
 
 
 def same(a: Quantity, b: Quantity) -> bool:
@@ -122,6 +138,12 @@ class Axis:
     real: bool = True  # of a spectrum: its content is real, so half the bins hold everything
     batch: bool = False  # index = row of the batch
     flat: bool = False  # the same value at every index
+
+    def __post_init__(self) -> None:
+        for name in ("size", "valid", "lo", "hi", "shift"):
+            value = getattr(self, name)
+            if isinstance(value, np.ndarray):
+                object.__setattr__(self, name, _one_of(value))
 
     @property
     def plain(self) -> bool:

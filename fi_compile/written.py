@@ -35,6 +35,7 @@ _NEVER_FAIL = frozenset({
     "gt", "ge", "lt", "le", "eq", "ne", "logical_and", "logical_or", "logical_not", "add", "sub", "mul", "to",
     "_to_copy", "where", "masked_fill", "clone",
 })  # fmt: skip
+_COPIES = frozenset({"clone", "contiguous", "alias"})
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 _ALONG_LAST = frozenset({"linear", "layer_norm", "rms_norm"})
 _OPEN_END = 1 << 62
@@ -208,9 +209,12 @@ class _Resolving:
 
     def without_wrapping(self, whole: fx.Node, dim: int, found: tuple[Any, Any]) -> fx.Node:
         """A rotated value, whose entries that came around are written, as one that was moved."""
-        if operator_name(whole.target) != "roll" or found[0] != 0:
+        turned: Any = whole
+        while operator_name(turned.target) in _COPIES:
+            turned = turned.args[0]
+        if operator_name(turned.target) != "roll" or found[0] != 0:
             return whole
-        given = given_arguments(whole)
+        given = given_arguments(turned)
         by, dims = (given.get(key, []) for key in ("shifts", "dims"))
         if len(dims) != 1 or dims[0] % len(sizes(whole)) != dim or not isinstance(by[0], int):
             return whole

@@ -66,7 +66,9 @@ def prove_prefix(program: Program, capacity: int, bounded: Mapping[fx.Node, floa
     walker = Walker(program, capacity, bounded or {})
     for node in program.graph.nodes:
         walker.visit(node)
-    return walker.finish()
+    proof = walker.finish()
+    walker.tables.clear()  # which the proof's calls would keep
+    return proof
 
 
 class Walker:

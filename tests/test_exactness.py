@@ -19,7 +19,6 @@ REFUSED = {
     "direct_toeplitz_index_select": "the length appears as a value in a table of indices",
     "zero_times_future": "a mean over all positions, times zero",
 }
-REFUSED_LAST = {"gather": "the length appears as a value in a table of indices"}
 
 # The trace pins a comparison with the length: exact, but not up to any length.
 SHORTER = {"fft_n_power_of_two": 128, "hyena_2": 129, "hyena_3": 129}
@@ -67,10 +66,6 @@ def test_what_is_refused_needlessly(name):
 def test_models_that_return_one_position(name):
     model, x = module(LAST_ONLY[name], WIDTH, LENGTH).double(), features(2, 100, WIDTH)
     assert isinstance(model, Lonely)
-    if name in REFUSED_LAST:
-        with pytest.raises(fi_compile.Unsupported):
-            decoder(model, x[:, :9], max_length=LENGTH)
-        return
     dec = decoder(model, x[:, :9], max_length=LENGTH)
     for prompt in (1, 7):
         rows = [dec.prefill(x[:, :prompt])] + [dec.step(x[:, t]) for t in range(prompt, 100)]

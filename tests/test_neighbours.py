@@ -106,20 +106,6 @@ def test_the_newest_row_by_a_list_of_one():
             assert gap(dec.step(x[:, t]), model(x[:, : t + 1])) < 1e-12
 
 
-@pytest.mark.parametrize(
-    ("pick", "kind"),
-    [
-        (lambda x: x[:, [-2], :], "moving"),
-        (lambda x: x[:, [-2, -1], :], "data_dependent"),
-    ],
-)
-def test_other_newest_rows_are_refused(pick, kind: str):
-    model = Newest(pick).double().eval()
-    with pytest.raises(fi_compile.Unsupported) as caught:
-        fi_compile.decoder(model, ids(2, 20), options=EAGER)
-    assert kind in {r.kind for r in caught.value.refusals}
-
-
 class WrittenBatch(nn.Module):
     """[B, s, 6]: running means after a first row of zeros; the batch is a Python number."""
 

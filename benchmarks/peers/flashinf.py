@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from fi_compile.chain import bind_linked
+from benchmarks.compiled import bound
 from fi_compile.costs import choose_tiling
 from fi_compile.kernels.block import block_step
-from fi_compile.layers import whole
 from fi_compile.mixers.stack import ConvState, FilterBank
 from fi_compile.mixers.tiles import choose_kernels
-from fi_compile.native import compile_native
 from fi_compile.rates import rates_of_machine
 
 from .base import Peer
@@ -44,17 +39,10 @@ class Flashinf(Peer):
         self.filters = self.bank.filters
         self.local = torch.zeros(1, dtype=torch.int64)
         self.y = filters.new_zeros(1, channels)
-        self._run = self._bound_step()
-
-    def _bound_step(self) -> Callable[[], list[Tensor]]:
-        """The step compiled and called as a decoder's is: one native part on tensors that stay."""
-        state, bank = self.state, self.bank
-        tensors = [
-            state.block_pending, state.block_inputs, bank.block_table, bank.skip, self.local, self.y,
-        ]  # fmt: skip
-        with torch.no_grad():
-            layers = whole(make_fx(lambda *given: (_step(*given),), tracing_mode="fake")(*tensors).graph)
-            return bind_linked(layers, [compile_native(layers.parts[0], tensors)], tensors)
+        state, bank, y = self.state, self.bank, self.y
+        self._run = bound(
+            _step, state.block_pending, state.block_inputs, bank.block_table, bank.skip, self.local, y
+        )
 
     def push(self, y: Tensor) -> Tensor:
         return self.step(y.unsqueeze(0))[0]
@@ -63,7 +51,7 @@ class Flashinf(Peer):
         """Inputs and outputs of a position as a step has them, [1, C]."""
         self.local.fill_(self.state.local)
         self.y.copy_(y)
-        (z,) = self._run()
+        z = self._run()
         self.state.advance()
         return z
 
