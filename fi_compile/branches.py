@@ -15,14 +15,17 @@ from dataclasses import replace
 import numpy as np
 import sympy
 import torch
+from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min
 
 from .alike import are_alike, is_same
 from .errors import Refusal, Unsupported
 from .guards import HORIZON, from_whole_sizes, lengths_of
 from .passes.prove_prefix import prove_prefix
-from .program import Program, is_tensor
+from .program import Program, as_expr, is_integer, is_tensor
+from .questions import UNKNOWN
 from .single import same_at_one
 
+_IRREGULAR = (Max, Min, FloorDiv, CleanDiv)  # of which a length of 1 may be an exception
 _MOST_TRACES = 12
 _MOST_SINGLE = 24  # traces for one length
 _MOST_COLLISIONS = 4
@@ -113,11 +116,12 @@ class _Walk:
         Operators go other ways there themselves, so no trace is for it and for more; one for it alone may be alike.
         """
         before = self.program.lengths
-        if (
-            self.one_is_settled
-            or any(n <= self.near for n in self.unlike)
-            or 1 % before.period in before.left_out
-        ):
+        if any(n <= self.near for n in self.unlike) or 1 % before.period in before.left_out:
+            return
+        if not is_regular_at_one(self.program, self.near):
+            self.unlike.append(1)
+            return
+        if self.one_is_settled:
             return
         try:
             one = self.trace(1, pinned=True)
@@ -211,10 +215,28 @@ def answers_one_alike(program: Program) -> bool:
     return True
 
 
+def is_regular_at_one(program: Program, capacity: int) -> bool:
+    """Whether the first row that the graph computes of many positions is what it computes of one position.
+
+    ``max(s, 2) - s`` is 0 at every length but 1. Where a number in the graph is such a one, that takes a proof.
+    """
+    numbers = (as_expr(node) for node in program.graph.nodes if is_integer(node))
+    if not any(isinstance(n, sympy.Basic) and n.atoms(*_IRREGULAR) for n in numbers):
+        return True
+    from_one = replace(program, lengths=replace(program.lengths, minimum=1, fewest=1))
+    try:
+        proof = prove_prefix(from_one, capacity)
+    except (Unsupported, ValueError, ZeroDivisionError, RuntimeError):
+        return False
+    return all(proof.proved(o) for o in program.outputs if is_tensor(o))
+
+
 def matters_for_one_row(asked: Iterable[sympy.Basic], program: Program) -> bool:
     """Whether a question that the model's own code asked of its sizes has another answer for one row of a batch."""
     lengths = program.lengths.upto(HORIZON)
     for question in asked:
+        if question == UNKNOWN:
+            return True
         if program.batch not in question.free_symbols:
             continue
         one, two = (program.size_values(question, lengths, rows) for rows in (1, 2))

@@ -7,9 +7,7 @@ and read back as a program with its guards evaluated.
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +20,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from .alike import is_same
@@ -32,6 +29,7 @@ from .errors import Refusal, Unsupported
 from .exporting import export_module
 from .guards import admitted_lengths, from_whole_sizes, rows_left_out
 from .program import Input, Kind, Lengths, Program, is_tensor, sizes, source_of
+from .questions import TORCH, UNKNOWN, UNKNOWN_LENGTH, called, questions
 from .spelled_out import shape_env_of
 
 _MOST_CALLED = 1 << 18  # lengths at which the calls of two traces at one length are compared
@@ -216,11 +214,18 @@ def _trace(
     number of rows.
     """
     traced_rows = max(example.shape[0], 3 + (length == 3)) if rows is None else rows
-    with attributes_kept(model), _questions() as asked:
+    with attributes_kept(model), questions() as asked:
         exported = export_module(
             model, _resized(example, traced_rows, length), rows is None, not pinned, general
         )
         program = _read(exported, model, example, pinned)
+        if not pinned:
+            one_position, one_row, several = (
+                called(model, _resized(example, *shape))
+                for shape in ((traced_rows, 1), (1, length), (traced_rows, length))
+            )
+            asked += [UNKNOWN_LENGTH] * (one_position not in (several, None))
+            asked += [UNKNOWN] * (one_row not in (several, None))
     if not pinned:
         program = replace(program, questions=tuple(dict.fromkeys(asked)))
     if rows is None:
@@ -243,29 +248,7 @@ def _trace(
     return program
 
 
-@contextlib.contextmanager
-def _questions() -> Iterator[list[sympy.Basic]]:
-    """What code outside torch asks of sizes while it is traced: a truth value decides what is traced next."""
-    asked: list[sympy.Basic] = []
-    answer = SymNode.bool_
-
-    def ask(self: SymNode) -> bool:
-        frame, decides = sys._getframe(1), True
-        while frame.f_code.co_filename == torch.__file__ and frame.f_back is not None:
-            decides &= frame.f_code.co_name != "_assert"  # of guards, as code that torch writes
-            frame = frame.f_back  # the methods of symbolic numbers themselves
-        if decides and not frame.f_code.co_filename.startswith(_TORCH):
-            asked.append(self.expr)
-        return answer(self)
-
-    SymNode.bool_ = ask
-    try:
-        yield asked
-    finally:
-        SymNode.bool_ = answer
-
-
-_TORCH, _HERE = (str(pathlib.Path(file).parent) for file in (torch.__file__, __file__))
+_HERE = str(pathlib.Path(__file__).parent)
 
 
 def _trace_lengths(model: nn.Module, example: Tensor, length: int | None) -> list[int]:
@@ -373,7 +356,7 @@ def _attribute(model: nn.Module, path: str) -> Tensor:
 def _trace_refusal(error: Exception) -> Refusal:
     if isinstance(error, GuardOnDataDependentSymNode):
         own = [
-            f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_TORCH, _HERE))
+            f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((TORCH, _HERE))
         ]
         return Refusal(
             "data_dependent",

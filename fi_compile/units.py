@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .program import Program, Rewrite, as_expr, is_integer
+from .program import Program, Rewrite, as_expr, is_integer, is_tensor
 
 NEW, ALL = "new", "all"
+_FACTORS = ("Tensor", "number", "float")  # types of arguments that values are computed with
 Demand = tuple[str, ...]  # per sequence axis of a value: its newest row, or all rows so far
 
 
@@ -71,6 +72,8 @@ def run_unit(
 ) -> Any:
     """Run a unit's nodes on ``env`` (its inputs' values) with the length bound to ``length``.
 
+    One new row of many is no sequence of one position: where ``length`` is 1, sizes are bound to that, and numbers that
+    values are computed with to the fewest positions of the program, ``x * s / max(s, 2)``.
     ``lists`` overrides the length in position d of the size lists of the last node (binding ``axis``).
     Returns the value of the last node.
     """
@@ -84,6 +87,8 @@ def run_unit(
         args, kwargs = node.args, node.kwargs
         if lists is not None and node is nodes[-1]:
             args = tuple(_bound_list(program, a, lists, length, batch) for a in args)
+        if length == 1:
+            args, kwargs = _with_factors(program, node, args, kwargs, batch)
         args, kwargs = fx.map_arg((args, kwargs), value)
         if rewrite is not None:
             args, kwargs = rewrite(node, args, kwargs)
@@ -99,6 +104,25 @@ def _bound_list(program: Program, arg: Any, lists: Mapping[int, int], length: in
         bind_integer(program, item, lists.get(dim, length), batch) if is_integer(item) else item
         for dim, item in enumerate(arg)
     ]
+
+
+def _with_factors(program: Program, node: fx.Node, args: Any, kwargs: Any, batch: int) -> tuple[Any, Any]:
+    """A call's arguments with the integers bound that its values are computed with, and not sizes or places."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not any(map(is_integer, node.all_input_nodes)):
+        return args, kwargs
+    if not any(map(is_tensor, node.all_input_nodes)):
+        return args, kwargs  # a table is made, of as many entries
+    types = {of.name: str(of.type) for of in schema.arguments}
+    shortest = program.lengths.at_least(1) or 1
+
+    def bound(name: str, value: Any) -> Any:
+        if not isinstance(value, fx.Node) or not is_integer(value) or types[name] not in _FACTORS:
+            return value
+        return bind_integer(program, value, shortest, batch)
+
+    found = tuple(map(bound, types, args))
+    return found, {name: bound(name, value) for name, value in kwargs.items()}
 
 
 def bind_integer(program: Program, node: fx.Node, length: int, batch: int) -> Any:

@@ -276,6 +276,57 @@ def test_questions_in_other_words(function):
     assert traced(Net(function), None).batch == 2
 
 
+def fails(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except (IndexError, RuntimeError):
+        return True
+    return False
+
+
+UNASKED = {  # whether a dimension has one entry, and no size is compared
+    "error": lambda x, dim: fails(lambda: x.select(dim, 1)),
+    "broadcast": lambda x, dim: not fails(lambda: x.select(1 - dim, 0) + x.new_ones(x.shape[dim] + 1, 1)),
+    "squeeze": lambda x, dim: x.squeeze(dim).dim() == 2,
+    "same size": lambda x, dim: torch.is_same_size(x, x.narrow(dim, 0, 1)),
+    "range": lambda x, dim: len(range(min(x.shape[dim], 2))) == 1,
+}
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("is_one", UNASKED.values(), ids=UNASKED)
+def test_questions_that_ask_no_size(is_one, dim):
+    def function(net: Net, x: Tensor) -> Tensor:
+        return x.clamp(-6, 6) * 1 if is_one(x, dim) else x * 1
+
+    program = traced(Net(function), None)
+    assert program.batch == 2 if dim == 0 else program.lengths.fewest == 2
+
+
+FACTORS = {  # of the length: the same number at every length but 1
+    "difference": lambda s: max(s, 2) - s,
+    "quotient": lambda s: 1 - (s + 1000) // 1002,
+    "cancelled": lambda s: s / max(s, 2),
+}
+
+
+@pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
+def test_a_number_that_is_another_at_one_position_only(factor):
+    """A new row is no sequence of one position, and no random input is 0.25."""
+
+    def function(net: Net, x: Tensor) -> Tensor:
+        return x.cumsum(1) + (x == 0.25) * 3.0 * factor(x.shape[1])
+
+    x = features(2, 12, WIDTH)
+    dec = decoder(Net(function), x[:, :6], max_length=32)
+    x[:, 6:] = 0.25
+    dec.prefill(x[:, :6])
+    for n in range(7, 13):
+        assert gap(dec.step(x[:, n - 1]), function(None, x[:, :n])[:, -1]) < 1e-12
+    with pytest.raises(FlashinfError):
+        dec.prefill(x[:, 11:])
+
+
 def test_one_row_beside_some_length():
     def function(net: Net, x: Tensor) -> Tensor:
         return x * 2 if x.shape[0] == 1 and x.shape[1] > 400 else x
