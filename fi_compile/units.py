@@ -113,7 +113,7 @@ def _with_factors(program: Program, node: fx.Node, args: Any, kwargs: Any, batch
         return args, kwargs
     if not any(map(is_tensor, node.all_input_nodes)):
         return args, kwargs  # a table is made, of as many entries
-    types = {of.name: str(of.type) for of in schema.arguments}
+    types = {of.name: str(of.type).removeprefix("Optional[").removesuffix("]") for of in schema.arguments}
     shortest = program.lengths.at_least(1) or 1
 
     def bound(name: str, value: Any) -> Any:
