@@ -28,7 +28,8 @@ def questions() -> Iterator[list[sympy.Basic]]:
     So does a number, the dimensions that a squeeze leaves, an error that is caught, and what torch says of shapes.
     """
     asked: list[sympy.Basic] = []
-    answers = SymNode.bool_, SymNode.int_
+    numbers: Any = SymNode
+    answers = numbers.bool_, numbers.int_
 
     def asking(answer: Callable[[SymNode], Any]) -> Callable[[SymNode], Any]:
         def ask(self: SymNode) -> Any:
@@ -42,12 +43,12 @@ def questions() -> Iterator[list[sympy.Basic]]:
 
         return ask
 
-    SymNode.bool_, SymNode.int_ = map(asking, answers)
+    numbers.bool_, numbers.int_ = map(asking, answers)
     try:
         with _Told(asked):
             yield asked
     finally:
-        SymNode.bool_, SymNode.int_ = answers
+        numbers.bool_, numbers.int_ = answers
 
 
 class _Told(TorchFunctionMode):
