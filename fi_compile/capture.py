@@ -34,6 +34,7 @@ from .spelled_out import shape_env_of
 
 _MOST_CALLED = 1 << 18  # lengths at which the calls of two traces at one length are compared
 _FAR = 1 << 12  # lengths at which a model is compared, whatever capacity is wanted
+_SOME = 61  # positions of a sequence that is run for what a model calls
 _MOST_PAIRS = 2  # of a number of rows and a length that a layout excludes: so many are traced
 
 _KINDS = {
@@ -220,9 +221,10 @@ def _trace(
         )
         program = _read(exported, model, example, pinned)
         if not pinned:
+            some = program.lengths.at_least(min(length, _SOME)) or length
             one_position, one_row, several = (
                 called(model, _resized(example, *shape))
-                for shape in ((traced_rows, 1), (1, length), (traced_rows, length))
+                for shape in ((traced_rows, 1), (1, some), (traced_rows, some))
             )
             asked += [UNKNOWN_LENGTH] * (one_position not in (several, None))
             asked += [UNKNOWN] * (one_row not in (several, None))

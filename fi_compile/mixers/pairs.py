@@ -78,6 +78,8 @@ def find_pairs(
     size = lags.abs().amax(-1)
     reads = (size > _CLEAR * size.amax(0)).T  # [Cout, Cin]
     fan_in = int(reads.sum(-1).max())
+    if not fan_in:
+        return None
     order = torch.argsort(reads.int(), dim=-1, descending=True, stable=True)[:, :fan_in]
     live = reads.gather(1, order)
     pairs = Pairs(order.flatten(), fan_in, None if bool(live.all()) else live.flatten())
