@@ -6,13 +6,19 @@ from math import log2
 
 import torch
 
+from fi_compile.extension import lanes
+
 from . import gate
 from .filters import history, hyena_like
 from .measure import once, timed
 from .mixing import check_recurrence
 from .peers.flashinf import Flashinf
 from .peers.recurrence import Recurrence
+from .peers.transforms import CompiledTile, TransformTile
 from .setup import Bench
+
+_SIDES = (32, 256, 2048, 16384)
+_VALUES = 1 << 23  # of the inputs of one tile
 
 
 def run(bench: Bench) -> None:
@@ -46,6 +52,38 @@ def run(bench: Bench) -> None:
     bench.section.curve("tiles", "flashinf", lengths, list(cost.values()), of)
     scale = cost[short] / log2(short) ** 2
     bench.section.curve("tiles", "log² L", lengths, [scale * log2(n) ** 2 for n in lengths], of)
+    for side in _SIDES:
+        if 2 * side <= long:
+            _beside_torch(bench, channels, side)
+
+
+def _beside_torch(bench: Bench, channels: int, side: int) -> None:
+    """One tile by torch's transforms and by compiled ones."""
+    code = lanes()
+    if code is None:
+        return
+    channels = min(channels, max(16, _VALUES // side))
+    filters, inputs = hyena_like(channels, 2 * side), history(channels, side)
+    found = torch.zeros(2, channels, side)
+    tiles = TransformTile(filters, side), CompiledTile(filters, side, code)
+    for tile, out in zip(tiles, found, strict=True):
+        tile.add(inputs, out)
+    exact = torch.zeros(channels, side, dtype=torch.float64)
+    TransformTile(filters.double(), side).add(inputs.double(), exact)
+    unit = torch.finfo(torch.float32).eps * inputs.norm(dim=1) * filters.norm(dim=1)
+    error = ((found - exact).abs().amax(-1) / unit).max()
+    subject = f"one tile of {side}"
+    bench.section.check(subject, float(error), gate.BOUND, "torch's transforms in float64")
+    by_torch, compiled = (
+        timed(lambda tile=tile: tile.add(inputs, found[0]), bench.sizes.repeats).median for tile in tiles
+    )
+    bench.section.figure(
+        f"{subject} by torch's transforms / compiled",
+        by_torch / compiled,
+        "×",
+        subject,
+        note=f"{channels} channels",
+    )
 
 
 def crossover(bench: Bench) -> None:

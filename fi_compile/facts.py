@@ -15,12 +15,13 @@ Convolution of contents then needs no linearity: c = a * b is known up to
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import numpy as np
+
+from .symbolic import one_array
 
 Quantity = int | np.ndarray
 # "At every t": large enough to exceed any length, small enough that sums stay exact.
@@ -55,23 +56,8 @@ def tidy(value: Any) -> Quantity:
     """An array of equal entries as one ``int``, and arrays of the same entries as one array."""
     if isinstance(value, np.ndarray):
         first = value.flat[0]
-        return int(first) if bool((value == first).all()) else _one_of(value)
+        return int(first) if bool((value == first).all()) else one_array(value)
     return int(value)
-
-
-def _one_of(value: np.ndarray) -> np.ndarray:
-    """The array of these entries that is in use already: there are few, and each has an entry for every length."""
-    key = value.shape, value.dtype, value.flat[:: max(1, value.size // 16)].tobytes()
-    known = _in_use.get(key)
-    if known is value or (known is not None and np.array_equal(known, value)):
-        return known
-    value = value.copy() if value.base is not None else value
-    value.flags.writeable = False
-    _in_use[key] = value
-    return value
-
-
-_in_use: weakref.WeakValueDictionary[Any, np.ndarray] = weakref.WeakValueDictionary()
 
 
 def same(a: Quantity, b: Quantity) -> bool:
@@ -143,7 +129,7 @@ class Axis:
         for name in ("size", "valid", "lo", "hi", "shift"):
             value = getattr(self, name)
             if isinstance(value, np.ndarray):
-                object.__setattr__(self, name, _one_of(value))
+                object.__setattr__(self, name, one_array(value))
 
     @property
     def plain(self) -> bool:

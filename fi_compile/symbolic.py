@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -99,3 +100,18 @@ def evaluate_at(expr: Any, at: Mapping[Any, Any], shape: tuple[int, ...]) -> np.
     if unknown:
         raise KeyError(f"{expr} depends on {unknown[0]}, which is not a length of this program")
     return np.broadcast_to(np.asarray(_compiled(expr, symbols)(*[at[s] for s in symbols])), shape)
+
+
+def one_array(value: np.ndarray) -> np.ndarray:
+    """The array of these entries that is in use already: there are few, and each has an entry for every length."""
+    key = value.shape, value.dtype, value.flat[:: max(1, value.size // 16)].tobytes()
+    known = _in_use.get(key)
+    if known is not None and (known is value or np.array_equal(known, value)):
+        return known
+    value = value.copy() if value.base is not None else value
+    value.flags.writeable = False
+    _in_use[key] = value
+    return value
+
+
+_in_use: weakref.WeakValueDictionary[Any, np.ndarray] = weakref.WeakValueDictionary()
