@@ -41,8 +41,13 @@ def scale(inputs, filters, before=0.0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("side", [16, 32, 64, 128, 256, 512, 1024, 4096])
-@pytest.mark.parametrize(("channels", "batch"), [(1, 1), (16, 3), (37, 2)])
+@pytest.mark.parametrize(
+    ("side", "channels", "batch"),
+    [
+        *((side, *few) for side in (16, 32, 64, 128, 256, 512) for few in ((1, 1), (16, 3), (37, 2))),
+        *((1024, 17, 1), (4096, 1, 2)),  # through caches
+    ],
+)
 def test_a_tile_is_its_definition(side, channels, batch, dtype):
     """Any number of channels, clipped outputs, inputs further off; nothing beside the outputs is touched."""
     history = rand(batch, channels, 3 * side, dtype=dtype)

@@ -36,8 +36,8 @@ def test_triton_without_a_gpu_says_what_to_do(without_gradients):
     model, sequence = language_model("fft_scale_on_filter"), ids(2, 9)
     with pytest.raises(fi_compile.InputError, match="expected a model on a GPU, found one on 'cpu'; move"):
         fi_compile.decoder(model, sequence, max_length=20, options={**EAGER, "kernels": "triton"})
-    assert fi_compile.decoder(model, sequence, max_length=20, options=EAGER).engine.kernels == "torch"
-    with pytest.raises(fi_compile.InputError, match="kernels='cuda': expected one of auto, torch, triton"):
+    assert fi_compile.decoder(model, sequence, max_length=20, options=EAGER).engine.kernels != "triton"
+    with pytest.raises(fi_compile.InputError, match="kernels='cuda': expected one of auto, torch, native, triton"):
         fi_compile.Options(kernels="cuda")
 
 

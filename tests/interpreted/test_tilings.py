@@ -65,7 +65,7 @@ def test_every_tiling_equals_the_direct_sum(radix, deferred, maps, monkeypatch):
     """Blocks whose spectra are kept, in pieces of four channels; a copy, which keeps none, goes on."""
     monkeypatch.setattr(triton_tiles, "_QUANTUM", 4)
     monkeypatch.setattr(machine_costs, "_SMALLEST_PIECE", 1)
-    monkeypatch.setattr(machine_costs, "_PIECE_OPERATIONS", 1 << 40)
+    monkeypatch.setattr(machine_costs, "PIECE_OPERATIONS", 1 << 40)
     length, tiling = 45, {"radix": radix, "deferred": deferred}
     source, index = (SOURCE, INDEX) if maps else (None, None)
     channels = 3 if maps else 5
