@@ -37,7 +37,9 @@ def test_triton_without_a_gpu_says_what_to_do(without_gradients):
     with pytest.raises(fi_compile.InputError, match="expected a model on a GPU, found one on 'cpu'; move"):
         fi_compile.decoder(model, sequence, max_length=20, options={**EAGER, "kernels": "triton"})
     assert fi_compile.decoder(model, sequence, max_length=20, options=EAGER).engine.kernels != "triton"
-    with pytest.raises(fi_compile.InputError, match="kernels='cuda': expected one of auto, torch, native, triton"):
+    with pytest.raises(
+        fi_compile.InputError, match="kernels='cuda': expected one of auto, torch, native, triton"
+    ):
         fi_compile.Options(kernels="cuda")
 
 
