@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log2
 from typing import Protocol
 
@@ -89,13 +89,10 @@ BUILTIN = Rates(
     row=0.25e-9,
     piece=30e-6,
 )
-BUILTIN_NATIVE = Rates(
-    sides=BUILTIN.sides,
+BUILTIN_NATIVE = replace(
+    BUILTIN,
     tile=(1.2e-9, 1.2e-9, 2.0e-9, 2.2e-9, 2.4e-9, 2.7e-9),
     block=(0.7e-9, 0.7e-9, 1.2e-9, 1.4e-9, 1.5e-9, 1.7e-9),
-    direct=1.2e-9,
-    load=1.5e-9,
-    row=0.25e-9,
     piece=15e-6,
     native=True,
 )

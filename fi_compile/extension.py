@@ -42,11 +42,7 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 
 def between() -> Any | None:
     """The extension, or None where it cannot be built."""
-    if not _found:
-        with _lock:
-            if not _found:
-                _found.append(_between())
-    return _found[0]
+    return _once(_found, _lock, _SOURCE, _built, _loaded)
 
 
 def places(tensors: list[Tensor]) -> bytes | None:
@@ -73,16 +69,22 @@ def prepare() -> None:
 
 def lanes() -> tile_lanes.Lanes | None:
     """Tiles for this processor, or None where they cannot be built."""
-    if not _found_lanes:
-        with _lanes_lock:
-            if not _found_lanes:
-                made = _kept_or_built(tile_lanes.SOURCE, _compiled, _loaded_lanes)
-                _found_lanes.append(made)
-    return _found_lanes[0]
+    return _once(_found_lanes, _lanes_lock, tile_lanes.SOURCE, _compiled, _loaded_lanes)
 
 
-def _between() -> Any | None:
-    return _kept_or_built(_SOURCE, _built, _loaded)
+def _once(
+    found: list[T | None],
+    lock: threading.Lock,
+    source: Path,
+    build: Callable[[Path], Path],
+    load: Callable[[Path], T],
+) -> T | None:
+    """What was found before, or is now."""
+    if not found:
+        with lock:
+            if not found:
+                found.append(_kept_or_built(source, build, load))
+    return found[0]
 
 
 def _kept_or_built(source: Path, build: Callable[[Path], Path], load: Callable[[Path], T]) -> T | None:

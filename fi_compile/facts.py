@@ -125,12 +125,6 @@ class Axis:
     batch: bool = False  # index = row of the batch
     flat: bool = False  # the same value at every index
 
-    def __post_init__(self) -> None:
-        for name in ("size", "valid", "lo", "hi", "shift"):
-            value = getattr(self, name)
-            if isinstance(value, np.ndarray):
-                object.__setattr__(self, name, one_array(value))
-
     @property
     def plain(self) -> bool:
         """Index = position, outside any cyclic context."""

@@ -30,12 +30,10 @@ from .program import (
     operator_name,
     sizes,
 )
+from .rules.pointwise import COPIES
 
 aten = torch.ops.aten
 _MOST = 32  # positions; each has a ring of its own
-_COPIES = frozenset(
-    {"clone", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy", "_to_copy", "to"}
-)
 
 
 @dataclass(frozen=True)
@@ -191,7 +189,7 @@ def _counts_rows(program: Program, index: fx.Node) -> bool:
 def _numbers(program: Program, index: fx.Node, alike: bool) -> list[Any] | None:
     """The entries of a table, as numbers or expressions; ``alike``: the one that all of them are."""
     dtype = index.meta["val"].dtype
-    while operator_name(index.target) in _COPIES and index.op == "call_function":
+    while operator_name(index.target) in COPIES and index.op == "call_function":
         index = index.args[0]  # type: ignore[assignment]
     if index.meta["val"].dtype != dtype:
         return None

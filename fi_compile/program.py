@@ -356,6 +356,17 @@ def is_getitem(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
+def is_zero(value: Any) -> bool:
+    """Whether an argument is zero, or a tensor that is made of zeros."""
+    if isinstance(value, (bool, int, float)):
+        return value == 0
+    name = operator_name(value.target) if is_tensor(value) and value.op == "call_function" else ""
+    filled = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "scalar_tensor": "s"}
+    return name in ("zeros", "zeros_like", "new_zeros") or (
+        name in filled and given_arguments(value)[filled[name]] == 0
+    )
+
+
 def source_of(node: fx.Node) -> str | None:
     """The user's ``file:line`` a node came from: the innermost frame outside torch."""
     trace = node.meta.get("stack_trace")

@@ -24,6 +24,7 @@ from .program import (
     is_getitem,
     is_integer,
     is_tensor,
+    is_zero,
     operator_name,
 )
 from .softmaxes import works_along_last
@@ -165,24 +166,14 @@ def _mask(node: fx.Node, weights: fx.Node) -> tuple[Any, bool] | None:
     if name == "mul":
         others = [a for a in node.args[:2] if a is not weights]
         return (others[0], True) if len(others) == 1 and is_tensor(others[0]) else None
-    if name == "masked_fill" and given["self"] is weights and _is_zero(given["value"]):
+    if name == "masked_fill" and given["self"] is weights and is_zero(given["value"]):
         return given["mask"], False
     if name == "where" and given["condition"] is not weights:
-        if given["self"] is weights and _is_zero(given["other"]):
+        if given["self"] is weights and is_zero(given["other"]):
             return given["condition"], True
-        if given["other"] is weights and _is_zero(given["self"]):
+        if given["other"] is weights and is_zero(given["self"]):
             return given["condition"], False
     return None
-
-
-def _is_zero(value: Any) -> bool:
-    if isinstance(value, (bool, int, float)):
-        return value == 0
-    name = operator_name(value.target) if is_tensor(value) and value.op == "call_function" else ""
-    filled = {"full": "fill_value", "full_like": "fill_value", "new_full": "fill_value", "scalar_tensor": "s"}
-    return name in ("zeros", "zeros_like", "new_zeros") or (
-        name in filled and given_arguments(value)[filled[name]] == 0
-    )
 
 
 def _cancels(weights: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from .compare import same_function
 from .pieces import cut_of
-from .program import Program, add_call, as_expr, given_arguments, is_tensor, operator_name, sizes
+from .program import Program, add_call, as_expr, given_arguments, is_tensor, is_zero, operator_name, sizes
 from .rules.pointwise import UNARY_ANY, UNARY_LINEAR, UNARY_ZERO
 
 aten = torch.ops.aten
@@ -36,7 +36,6 @@ _NEVER_FAIL = frozenset({
     "_to_copy", "where", "masked_fill", "clone",
 })  # fmt: skip
 _COPIES = frozenset({"clone", "contiguous", "alias"})
-_ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 _ALONG_LAST = frozenset({"linear", "layer_norm", "rms_norm"})
 _OPEN_END = 1 << 62
 _MOST_STEPS = 16  # of a slice that is written: so many slices are stacked
@@ -165,13 +164,13 @@ class _Resolving:
         if not isinstance(found[0], int):
             return None  # a start that follows the length
         if size != self.program.length or (found[1] != size and not isinstance(found[1], int)):
-            return self.padded(source, dim, found[0], whole) if _is_zero(whole) else None
+            return self.padded(source, dim, found[0], whole) if is_zero(whole) else None
         if self.is_slice_of(source, whole, dim, found):
             return whole
         whole = self.without_wrapping(whole, dim, found)
         self.paddings = 0
         placed = self.placed(source, dim, found[0], whole)
-        if _is_zero(whole) and (self.paddings or _slice_of(source, dim) is not None):
+        if is_zero(whole) and (self.paddings or _slice_of(source, dim) is not None):
             return self.padded(source, dim, found[0], whole)
         return self.call(aten.where.self, self.within(whole, dim, found), placed, whole)
 
@@ -314,10 +313,3 @@ def _slice_of(node: fx.Node, dim: int) -> tuple[fx.Node, int] | None:
     if given.get("dim", 0) % node.meta["val"].dim() != dim or given.get("step", 1) != 1:
         return None
     return (whole, start) if isinstance(start, int) and start >= 0 else None
-
-
-def _is_zero(node: fx.Node) -> bool:
-    name = operator_name(node.target) if node.op == "call_function" else ""
-    return name in _ZEROS or (
-        name in ("full", "full_like", "new_full") and given_arguments(node)["fill_value"] == 0
-    )

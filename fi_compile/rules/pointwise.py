@@ -41,7 +41,7 @@ UNARY_LINEAR = (
     "view_as_real", "positive", "_to_copy", "to", "_unsafe_view_copy", "dropout", "feature_dropout",
     "alpha_dropout", "native_dropout_eval",
 )  # fmt: skip
-_COPIES = ("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "_to_copy", "to")
+COPIES = ("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "_to_copy", "to")
 UNARY_ZERO = (
     "abs", "relu", "gelu", "silu", "tanh", "sin", "sinh", "asin", "asinh", "atan", "atanh", "tan", "erf",
     "sqrt", "square", "sgn", "sign", "round", "floor", "ceil", "trunc", "frac", "expm1", "log1p",
@@ -168,7 +168,7 @@ def linear_unary(c: Call) -> Fact:
     elif c.name != "neg" and (c.name == "real" or (source.is_floating_point and not whole(form, target))):
         form = None
     result = finish(c, dims, fact.scale, form)
-    view = fact.view if c.name in _COPIES and source == target else None
+    view = fact.view if c.name in COPIES and source == target else None
     return replace(result, dims=dims, scale=fact.scale, affine=form, bounds=_bounds(c, fact), view=view)
 
 
