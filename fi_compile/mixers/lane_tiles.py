@@ -86,18 +86,23 @@ class LaneTiles(TorchTiles):
         self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra, elements: int | None = None
     ) -> TileWork:
         """The same in pieces, none of which has run yet; elements: values that a piece works on."""
-        if self.form(tile) == "lanes":
-            return _Work(self, tile, history, pending, kept, elements and elements // _FINER)
-        return super().begin(tile, history, pending, kept, elements)
+        if self.form(tile) != "lanes":
+            return super().begin(tile, history, pending, kept, elements)
+        call, batch, pairs = self.call(tile, history, pending), history.shape[0], pending.shape[1]
+        elements = elements and elements // _FINER
+        if elements and self.in_parts(tile.side, batch, elements):
+            room = kept.room(tile.side, self.new_room)
+            return _Parts(call, tile, batch, pairs, self.lanes, elements, room)
+        return _Groups(call, tile, batch, pairs, self.lanes, elements)
 
     def new_room(self, side: int) -> Tensor:
         """Memory between the parts of a tile."""
         with torch.inference_mode(False):
             return self.filters.new_zeros(self.code.work_shape(side, self.filters.dtype))
 
-    def in_parts(self, side: int, batch: int, elements: int | None) -> bool:
+    def in_parts(self, side: int, batch: int, elements: int) -> bool:
         """Whether a group of lanes is too much for one piece, which works on so many values."""
-        return elements is not None and 2 * side * batch * self.lanes > elements
+        return 2 * side * batch * self.lanes > elements
 
     def lane_spectra(self, side: int, distance: int) -> Tensor:
         """What tiles of `side` inputs at a distance read of the filters, made on first use."""
@@ -150,70 +155,64 @@ def _filter_of_groups(filter_index: Tensor, lanes: int) -> Tensor | None:
     return torch.stack([group[0] for group in groups])
 
 
-class _Work(TileWork):
-    """A tile across lanes in pieces: some groups of channels each; where one is too much, parts of one row of a group.
+class _Groups(TileWork):
+    """A tile across lanes, some groups of channels a piece; elements: values of a transform that one works on."""
 
-    elements: values of a transform that one piece works on.
-    """
-
-    def __init__(
-        self,
-        tiles: LaneTiles,
-        tile: Tile,
-        history: Tensor,
-        pending: Tensor,
-        kept: KeptSpectra,
-        elements: int | None,
-    ):
-        self._call, self._lanes, self._batch = (
-            tiles.call(tile, history, pending),
-            tiles.lanes,
-            history.shape[0],
-        )
-        batch, pairs, lanes, blocks = self._batch, pending.shape[1], tiles.lanes, len(tile.blocks)
+    def __init__(self, call: TileCall, tile: Tile, batch: int, pairs: int, lanes: int, elements: int | None):
         width = -(-chunk_width(2 * tile.side * batch, elements) // lanes) * lanes
-        self._grain, self._parts = 0, []
-        if elements is not None and tiles.in_parts(tile.side, batch, elements):
-            self._grain, self._room = (
-                grain_of(tile.side, elements / lanes),
-                kept.room(tile.side, tiles.new_room),
-            )
-            costs = task_costs(tile.side, blocks, self._grain)
-            self._parts = _runs(costs, PIECE_OPERATIONS * elements / lanes)
+        self.tile, self._call = tile, call
+        self._channels = [(c, min(c + width, pairs)) for c in range(0, pairs, width)]
+        self.count = len(self._channels)
         transform, with_newest = operations_of(tile, batch, fresh=True)
-        super().__init__(tile, (), pairs, pairs, width, transform, with_newest + transform * (blocks - 1))
-        if self._parts:
-            self.count = -(-pairs // lanes) * batch * len(self._parts)
+        self._each = with_newest + transform * (len(tile.blocks) - 1)
 
     def run(self, index: int) -> None:
         """Piece `index` of `count`."""
-        if not self._parts:
-            super().run(index)
-            return
-        place, part = divmod(index, len(self._parts))
-        group, row = divmod(place, self._batch)
-        channels = group * self._lanes, min((group + 1) * self._lanes, self._pairs)
-        self._call.add_part(row, channels, self._parts[part][0], self._grain, self._room)
-
-    def _transform(self, start: int, first: int, last: int) -> None:
-        raise NotImplementedError("nothing is transformed beforehand")
-
-    def _combine(self, first: int, last: int) -> None:
-        self._call.add((first, last))
+        self._call.add(self._channels[index])
 
     def operations(self, index: int) -> float:
         """Floating-point operations of a piece."""
-        if not self._parts:
-            return super().operations(index)
-        group = index // len(self._parts) // self._batch
-        return min(self._lanes, self._pairs - group * self._lanes) * self._parts[index % len(self._parts)][1]
+        first, last = self._channels[index]
+        return (last - first) * self._each
 
     @property
     def total(self) -> float:
         """Floating-point operations of all pieces."""
-        if not self._parts:
-            return super().total
-        return self._pairs * self._batch * sum(cost for _, cost in self._parts)
+        return self._channels[-1][1] * self._each
+
+
+class _Parts(TileWork):
+    """A tile across lanes where one group of channels is too much for a piece: parts of one row of a group each.
+
+    room: memory between the parts. elements: values of a transform that one piece works on.
+    """
+
+    def __init__(
+        self, call: TileCall, tile: Tile, batch: int, pairs: int, lanes: int, elements: int, room: Tensor
+    ):
+        self.tile, self._call, self._room, self._batch = tile, call, room, batch
+        self._grain = grain_of(tile.side, elements / lanes)
+        costs = task_costs(tile.side, len(tile.blocks), self._grain)
+        self._parts = _runs(costs, PIECE_OPERATIONS * elements / lanes)
+        self._channels = [(c, min(c + lanes, pairs)) for c in range(0, pairs, lanes)]
+        self.count = len(self._channels) * batch * len(self._parts)
+
+    def run(self, index: int) -> None:
+        """Piece `index` of `count`."""
+        place, part = divmod(index, len(self._parts))
+        group, row = divmod(place, self._batch)
+        self._call.add_part(row, self._channels[group], self._parts[part][0], self._grain, self._room)
+
+    def operations(self, index: int) -> float:
+        """Floating-point operations of a piece."""
+        place, part = divmod(index, len(self._parts))
+        first, last = self._channels[place // self._batch]
+        return (last - first) * self._parts[part][1]
+
+    @property
+    def total(self) -> float:
+        """Floating-point operations of all pieces."""
+        return self._channels[-1][1] * self._batch * sum(cost for _, cost in self._parts)
 
 
 def _runs(costs: Sequence[float], most: float) -> list[tuple[tuple[int, int], float]]:

@@ -69,7 +69,32 @@ class KeptSpectra:
 
 
 class TileWork(ABC):
-    """A tile in `count` pieces of channels that are run in order: transforms of blocks, then what they contribute.
+    """A tile in `count` pieces, which are run in order."""
+
+    tile: Tile
+    count: int
+
+    @abstractmethod
+    def run(self, index: int) -> None:
+        """Piece `index` of `count`."""
+
+    def run_all(self) -> None:
+        """Every piece."""
+        for index in range(self.count):
+            self.run(index)
+
+    @abstractmethod
+    def operations(self, index: int) -> float:
+        """Floating-point operations of a piece, as `Schedule.cost` counts them."""
+
+    @property
+    @abstractmethod
+    def total(self) -> float:
+        """Floating-point operations of all pieces."""
+
+
+class SpectralWork(TileWork):
+    """A tile in pieces of channels: transforms of blocks of inputs, which are kept, then what they contribute.
 
     missing: where blocks begin that are transformed beforehand, for `inputs` channels; pairs: of an input channel and
     a filter. width: the channels of a piece. transforming, combining: floating-point operations a channel.
@@ -101,11 +126,6 @@ class TileWork(ABC):
         else:
             first = (index - self._before) * self._width
             self._combine(first, min(first + self._width, self._pairs))
-
-    def run_all(self) -> None:
-        """Every piece."""
-        for index in range(self.count):
-            self.run(index)
 
     @abstractmethod
     def _transform(self, start: int, first: int, last: int) -> None:

@@ -17,7 +17,7 @@ from fi_compile.kernels.channels import chunk_width, take, transform
 from fi_compile.kernels.tile import add_products, add_tile_direct, add_tile_fft, tile_cost, tile_spectrum
 from fi_compile.schedule import Schedule, Tile
 
-from .tile_work import KeptSpectra, TileWork, operations_of
+from .tile_work import KeptSpectra, SpectralWork, TileWork, operations_of
 
 
 def choose_kernels(option: str, device: torch.device) -> str:
@@ -170,7 +170,7 @@ class TorchTiles:
         return self._made[form, side, distance]
 
 
-class _Work(TileWork):
+class _Work(SpectralWork):
     """A tile by torch's transforms: those of the newest block with the products where only this tile meets it.
 
     elements: values of a transform that one piece works on.

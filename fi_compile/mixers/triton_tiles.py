@@ -13,7 +13,7 @@ from fi_compile.errors import FlashinfWarning
 from fi_compile.kernels.channels import chunk_width
 from fi_compile.schedule import Schedule, Tile
 
-from .tile_work import KeptSpectra, TileWork, operations_of
+from .tile_work import KeptSpectra, SpectralWork, TileWork, operations_of
 from .tiles import TorchTiles
 
 # Pieces of a tile begin at multiples of this many channels: of whole programs, and of addresses for wide loads.
@@ -194,7 +194,7 @@ class _Need:
     lags: int
 
 
-class _Work(TileWork):
+class _Work(SpectralWork):
     """A tile by kernels whose spectra are kept, or a direct one, in pieces of whole programs."""
 
     def __init__(
