@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -150,6 +152,15 @@ class _Plain:
             return result
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a call was made with, where that can be told quickly: its weights, numbers, integers, kind of sequence."""
+
+    seen: bytes
+    integers: tuple[Any, ...]
+    kind: tuple[Any, ...]
+
+
 class _Artifact:
     """One graph with a symbolic length, called with any weights of its form."""
 
@@ -157,41 +168,63 @@ class _Artifact:
         self._gm, self._roles, self._options, self._plain = gm, roles, options, plain
         self._plain.patience = _EAGER_PROMPTS
         self._text = hashlib.sha256(graph_text(gm, roles).encode()).digest()
+        self._weights = tuple(place for place, _ in roles.weights)
         self._own_doors = Doors()  # of a graph that reads no weights
-        self._last: tuple[bytes | None, Any, GraphKey] | None = None
+        # The last call and its door: nearly always the next one's too.
+        self._last: tuple[_Call, weakref.ref[Door]] | None = None
 
     def __call__(self, *args: Any) -> Any:
-        roles = self._roles
-        weights = [args[place] for place, _ in roles.weights]
-        doors = doors_of(weights) if weights else self._own_doors
-        sequence, beside = args[roles.sequence], []
-        for extra in roles.extras:
-            found = describe(args[extra.place], sequence, extra)
-            if found is None:
-                text = undescribed(extra, args[extra.place], sequence)
-                doors.warn_once(f"a call runs as given, every position of it, because {text}", extra.name)
-                return self._plain(*args)
-            beside.append(found)
-        key = DoorKey(self._on(weights, sequence), self._values(args, beside))
-        door = find_door(doors, key, lambda: Door(doors, self._gm, roles, args, beside, self._options))
-        if door is None or not door.holds(args, beside):
+        sequence = args[self._roles.sequence]
+        call = self._recognise(args, sequence)
+        door = self._known_door(call)
+        if door is None or self._roles.extras:
+            door = self._find_door(args, sequence, call, door)
+        if door is None:
             return self._plain(*args)
         if door.refusals:
             self._plain.patience = _EAGER_CALLS
         return door.call(sequence, lambda: self._plain(*args))
 
-    def _on(self, weights: list[Tensor], sequence: Tensor) -> GraphKey:
-        """The key of this graph on these weights and sequences of this kind: nearly always that of the last call."""
+    def _recognise(self, args: tuple[Any, ...], sequence: Tensor) -> _Call | None:
+        seen = places(args, self._weights, self._roles.numbers)
+        if seen is None:
+            return None
+        integers = tuple(args[place] for place in self._roles.integers)
+        return _Call(seen, integers, (sequence.dtype, sequence.device, sequence.shape[2:]))
+
+    def _known_door(self, call: _Call | None) -> Door | None:
+        """The last call's door where this one differs in its sequence, and what is beside it, alone."""
+        door = self._last[1]() if self._last is not None and self._last[0] == call else None
+        # Alive, it holds its weights: no others lie at their places.
+        return door if door is not None and not door.refusals and door.doors.keep(door) else None
+
+    def _find_door(
+        self, args: tuple[Any, ...], sequence: Tensor, call: _Call | None, last: Door | None
+    ) -> Door | None:
+        roles, weights = self._roles, [args[place] for place in self._weights]
+        doors = doors_of(weights) if weights else self._own_doors
+        beside = []
+        for extra in roles.extras:
+            found = describe(args[extra.place], sequence, extra)
+            if found is None:
+                text = undescribed(extra, args[extra.place], sequence)
+                doors.warn_once(f"a call runs as given, every position of it, because {text}", extra.name)
+                return None
+            beside.append(found)
+        graph = self._graph_key(weights, sequence) if last is None else last.key.graph
+        key = DoorKey(graph, self._values(args, beside))
+        door = find_door(doors, key, lambda: Door(doors, key, self._gm, roles, args, beside, self._options))
+        if door is None:
+            return None
+        if call is not None:
+            self._last = call, weakref.ref(door)
+        return door if door.holds(args, beside) else None
+
+    def _graph_key(self, weights: list[Tensor], sequence: Tensor) -> GraphKey:
+        """The key of this graph on these weights and sequences of this kind."""
         kind = sequence.dtype, sequence.device, sequence.shape[2:]
-        seen, last = places(weights), self._last
-        if last is not None and seen is not None and last[:2] == (seen, kind):
-            return last[2]
         weighed = tuple(map(id, weights)), tuple(map(Tensor.data_ptr, weights)), tuple(map(_DTYPE, weights))
-        key = GraphKey((self._text, self._roles.outputs, self._options, *weighed, kind))
-        if last is not None and last[2] == key:
-            key = last[2]
-        self._last = seen, kind, key
-        return key
+        return GraphKey((self._text, self._roles.outputs, self._options, *weighed, kind))
 
     def _values(self, args: Sequence[Any], beside: Sequence[Description]) -> tuple[Any, ...]:
         numbers = (exact(args[place].item()) for place in self._roles.numbers)

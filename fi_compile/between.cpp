@@ -276,54 +276,199 @@ PyType_Slot chain_slots[] = {
 PyType_Spec chain_spec = {
     "between.Chain", sizeof(Chain), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, chain_slots};
 
-// -- functions -------------------------------------------------------------------------------------------------
+// -- Watch -----------------------------------------------------------------------------------------------------
 
-// unchanged(owners, keys, objects, tensors, versions): five tuples, the first three of one length, the last two of one
-PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// A step leaves nothing of the model's objects in the caches. What is read of many of them is asked for at once: one
+// after another, each would be waited for.
+void fetch(const void* address, size_t bytes = 1) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(address) + i);
+}
+
+void fetch(PyObject* const* objects, size_t count) {
+  std::vector<at::TensorImpl*> tensors;
+  for (size_t i = 0; i < count; ++i) fetch(objects[i]);
+  for (size_t i = 0; i < count; ++i) {
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(objects[i]));
+    if (type != THPVariableClass && type != ParameterClass) continue;
+    tensors.push_back(reinterpret_cast<THPVariable*>(objects[i])->cdata.unsafeGetTensorImpl());
+    fetch(tensors.back(), sizeof(at::TensorImpl));
+  }
+  for (auto* tensor : tensors) {
+    fetch(tensor->unsafe_storage().unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
+    fetch(*reinterpret_cast<void* const*>(&tensor->version_counter()));
+  }
+}
+
+// Changes whenever the dictionary does; 0 where that is not kept.
+uint64_t tag_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000
+  if (PyDict_Check(dict)) return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#endif
+  return 0;
+}
+
+struct Known {
+  PyObject* tensor;
+  int64_t version;
+  const void* data;
+};
+
+struct Held {
+  std::vector<PyObject*> tables;  // each once
+  std::vector<uint64_t> tags;     // of tables, when they were last looked through
+  std::vector<Known> known;
+};
+
+struct Watch {
+  PyObject_HEAD
+  PyObject *owners, *keys, *objects, *tensors;  // tuples
+  Held* held;
+};
+
+// Whether a tensor has the version and the data that it had; of a subclass, the version alone.
+bool same(const Known& known) {
+  const auto type = reinterpret_cast<PyObject*>(Py_TYPE(known.tensor));
+  if (type == THPVariableClass || type == ParameterClass) {
+    const auto& tensor = reinterpret_cast<THPVariable*>(known.tensor)->cdata;
+    const auto version = tensor.unsafeGetTensorImpl()->version_counter().current_version();
+    if (static_cast<int64_t>(version) != known.version) return false;
+    return !known.data || (tensor.has_storage() && tensor.const_data_ptr() == known.data);
+  }
+  PyObject* version = PyObject_GetAttrString(known.tensor, "_version");
+  if (!version) throw PythonError();
+  const int64_t found = PyLong_AsLongLong(version);
+  Py_DECREF(version);
+  if (found == -1 && PyErr_Occurred()) throw PythonError();
+  return found == known.version;
+}
+
+// Whether every table holds the objects it held; looked through only where it may not.
+bool hold_the_same(Watch* self) {
+  Held& held = *self->held;
+  for (PyObject* table : held.tables) fetch(table, sizeof(PyDictObject));
+  bool certain = true;
+  for (size_t i = 0; certain && i < held.tables.size(); ++i) {
+    certain = held.tags[i] && tag_of(held.tables[i]) == held.tags[i];
+  }
+  if (certain) return true;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(self->owners); ++i) {
+    PyObject* found = PyDict_GetItemWithError(PyTuple_GET_ITEM(self->owners, i), PyTuple_GET_ITEM(self->keys, i));
+    if (!found && PyErr_Occurred()) throw PythonError();
+    if (found != PyTuple_GET_ITEM(self->objects, i)) return false;
+  }
+  for (size_t i = 0; i < held.tables.size(); ++i) held.tags[i] = tag_of(held.tables[i]);
+  return true;
+}
+
+// Watch(owners, keys, objects, tensors, versions, places): six tuples, the first three of one length, the others too
+PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject*) {
   return guarded([&]() -> PyObject* {
-    bool right = count == 5;
-    for (Py_ssize_t i = 0; right && i < 5; ++i) right = PyTuple_CheckExact(args[i]);
-    if (!right || PyTuple_GET_SIZE(args[0]) != PyTuple_GET_SIZE(args[1]) ||
-        PyTuple_GET_SIZE(args[0]) != PyTuple_GET_SIZE(args[2]) ||
-        PyTuple_GET_SIZE(args[3]) != PyTuple_GET_SIZE(args[4])) {
-      throw std::runtime_error("unchanged takes five tuples");
+    PyObject* tuples[6];
+    if (!PyArg_ParseTuple(
+            args, "O!O!O!O!O!O!", &PyTuple_Type, &tuples[0], &PyTuple_Type, &tuples[1], &PyTuple_Type, &tuples[2],
+            &PyTuple_Type, &tuples[3], &PyTuple_Type, &tuples[4], &PyTuple_Type, &tuples[5])) {
+      return nullptr;
     }
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[0]); ++i) {
-      PyObject* found = PyDict_GetItemWithError(PyTuple_GET_ITEM(args[0], i), PyTuple_GET_ITEM(args[1], i));
-      if (!found && PyErr_Occurred()) throw PythonError();
-      if (found != PyTuple_GET_ITEM(args[2], i)) Py_RETURN_FALSE;
-    }
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[3]); ++i) {
-      PyObject* tensor = PyTuple_GET_ITEM(args[3], i);
-      PyObject* known = PyTuple_GET_ITEM(args[4], i);
-      const auto type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-      if (type == THPVariableClass || type == ParameterClass) {
-        const auto& data = reinterpret_cast<THPVariable*>(tensor)->cdata;
-        const auto version = data.unsafeGetTensorImpl()->version_counter().current_version();
-        if (static_cast<int64_t>(version) != integer(known)) Py_RETURN_FALSE;
-        continue;
+    for (int i = 0; i < 6; ++i) {
+      if (PyTuple_GET_SIZE(tuples[i]) != PyTuple_GET_SIZE(tuples[i / 3 * 3])) {
+        throw std::runtime_error("expected tuples of one length");
       }
-      PyObject* version = PyObject_GetAttrString(tensor, "_version");
-      if (!version) throw PythonError();
-      const int same = PyObject_RichCompareBool(version, known, Py_EQ);
-      Py_DECREF(version);
-      if (same < 0) throw PythonError();
-      if (!same) Py_RETURN_FALSE;
+    }
+    auto held = std::make_unique<Held>();
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuples[0]); ++i) {
+      PyObject* table = PyTuple_GET_ITEM(tuples[0], i);
+      if (std::find(held->tables.begin(), held->tables.end(), table) == held->tables.end()) {
+        held->tables.push_back(table);
+        held->tags.push_back(0);
+      }
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuples[3]); ++i) {
+      const auto* data = reinterpret_cast<const void*>(integer(item(tuples[5], i)));
+      held->known.push_back({item(tuples[3], i), integer(item(tuples[4], i)), data});
+    }
+    auto* self = reinterpret_cast<Watch*>(type->tp_alloc(type, 0));
+    if (self) {
+      self->owners = Py_NewRef(tuples[0]);
+      self->keys = Py_NewRef(tuples[1]);
+      self->objects = Py_NewRef(tuples[2]);
+      self->tensors = Py_NewRef(tuples[3]);
+      self->held = held.release();
+    }
+    return reinterpret_cast<PyObject*>(self);
+  });
+}
+
+PyObject* watch_call(PyObject* object, PyObject*, PyObject*) {
+  return guarded([&]() -> PyObject* {
+    auto* self = reinterpret_cast<Watch*>(object);
+    if (!hold_the_same(self)) Py_RETURN_FALSE;
+    fetch(reinterpret_cast<PyTupleObject*>(self->tensors)->ob_item, self->held->known.size());
+    for (const auto& known : self->held->known) {
+      if (!same(known)) Py_RETURN_FALSE;
     }
     Py_RETURN_TRUE;
   });
 }
 
-// places(tensors): a list of ordinary tensors; bytes that are equal for the same tensors at the same places
-PyObject* places(PyObject*, PyObject* tensors) {
+int watch_traverse(PyObject* object, visitproc visit, void* arg) {
+  auto* self = reinterpret_cast<Watch*>(object);
+  Py_VISIT(Py_TYPE(object));
+  Py_VISIT(self->owners);
+  Py_VISIT(self->keys);
+  Py_VISIT(self->objects);
+  Py_VISIT(self->tensors);
+  return 0;
+}
+
+void watch_dealloc(PyObject* object) {
+  auto* self = reinterpret_cast<Watch*>(object);
+  PyTypeObject* type = Py_TYPE(object);
+  PyObject_GC_UnTrack(object);
+  for (PyObject** tuple : {&self->owners, &self->keys, &self->objects, &self->tensors}) Py_CLEAR(*tuple);
+  delete self->held;
+  type->tp_free(object);
+  Py_DECREF(type);
+}
+
+PyType_Slot watch_slots[] = {
+    {Py_tp_doc, const_cast<char*>("Watch(owners, keys, objects, tensors, versions, places): whether all is as it was.")},
+    {Py_tp_new, reinterpret_cast<void*>(watch_new)},
+    {Py_tp_call, reinterpret_cast<void*>(watch_call)},
+    {Py_tp_traverse, reinterpret_cast<void*>(watch_traverse)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(watch_dealloc)},
+    {0, nullptr},
+};
+
+PyType_Spec watch_spec = {
+    "between.Watch", sizeof(Watch), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, watch_slots};
+
+// -- functions -------------------------------------------------------------------------------------------------
+
+// places(values, tensors, numbers): bytes that are equal where the values at the places `tensors` are the same ordinary
+// tensors with their data where they were, and those at `numbers` ordinary tensors of the same one number
+PyObject* places(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded([&]() -> PyObject* {
-    if (!PyList_CheckExact(tensors)) throw std::runtime_error("places takes a list");
+    if (count != 3) throw std::runtime_error("places takes three tuples");
+    std::vector<PyObject*> objects;
+    for (Py_ssize_t which = 1; which < 3; ++which) {
+      for (Py_ssize_t i = 0; i < PyTuple_Size(args[which]); ++i) {
+        objects.push_back(item(args[0], integer(item(args[which], i))));
+      }
+    }
+    if (PyErr_Occurred()) throw PythonError();
+    fetch(objects.data(), objects.size());
+    const auto tensors = static_cast<size_t>(PyTuple_GET_SIZE(args[1]));
     std::vector<std::intptr_t> found;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) {
-      PyObject* object = PyList_GET_ITEM(tensors, i);
-      const auto& tensor = unpack(object);
-      found.push_back(reinterpret_cast<std::intptr_t>(object));
-      found.push_back(reinterpret_cast<std::intptr_t>(tensor.const_data_ptr()));
+    for (size_t i = 0; i < objects.size(); ++i) {
+      const auto& tensor = unpack(objects[i]);
+      if (i < tensors) {
+        found.push_back(reinterpret_cast<std::intptr_t>(objects[i]));
+        found.push_back(reinterpret_cast<std::intptr_t>(tensor.const_data_ptr()));
+      } else {
+        if (tensor.numel() != 1 || tensor.nbytes() > sizeof(std::intptr_t)) throw std::runtime_error("not one number");
+        found.push_back(0);
+        std::memcpy(&found.back(), tensor.const_data_ptr(), tensor.nbytes());
+      }
       found.push_back(static_cast<std::intptr_t>(tensor.scalar_type()));
     }
     const auto* bytes = reinterpret_cast<const char*>(found.data());
@@ -381,8 +526,7 @@ PyObject* probe(PyObject*, PyObject* object) {
 }
 
 PyMethodDef functions[] = {
-    {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(unchanged)), METH_FASTCALL, nullptr},
-    {"places", places, METH_O, nullptr},
+    {"places", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(places)), METH_FASTCALL, nullptr},
     {"place", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(place)), METH_FASTCALL, nullptr},
     {"probe", probe, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -394,11 +538,15 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "between", nullptr, -1, functions};
 
 PyMODINIT_FUNC PyInit_between(void) {
   PyObject* made = PyModule_Create(&module);
-  PyObject* chain = made ? PyType_FromSpec(&chain_spec) : nullptr;
-  if (!chain || PyModule_AddObject(made, "Chain", chain) < 0) {
-    Py_XDECREF(chain);
-    Py_XDECREF(made);
-    return nullptr;
+  if (!made) return nullptr;
+  for (auto* spec : {&chain_spec, &watch_spec}) {
+    PyObject* type = PyType_FromSpec(spec);
+    const bool added = type && PyModule_AddType(made, reinterpret_cast<PyTypeObject*>(type)) == 0;
+    Py_XDECREF(type);
+    if (!added) {
+      Py_DECREF(made);
+      return nullptr;
+    }
   }
   return made;
 }

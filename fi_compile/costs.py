@@ -68,7 +68,8 @@ class Rates:
             if schedule.deferred:
                 width = max(1, piece_elements(schedule, channels) // (2 * side))
                 total += count * self.piece * 2 * ceil(channels / width)
-        return total / tokens + channels * (2 * self.load + rows * self.row)
+        summed = (rows - 1) / 2 if self.native else rows  # torch's sum reads rows of zeros, too
+        return total / tokens + channels * (2 * self.load + summed * self.row)
 
 
 def piece_elements(schedule: Schedule, channels: int) -> int:

@@ -19,7 +19,6 @@ from .mixers.convolution import FilterGrew
 from .options import Options, read_options
 from .report import Report
 from .twin import vocabulary
-from .weights import WeightWatch
 
 # From here on one forward over the whole sequence is preferred to single steps.
 _LEAST_BY_FORWARD = 64
@@ -90,7 +89,7 @@ class Decoder:
 
     def __init__(self, engine: Engine, model: nn.Module | None, batch: int) -> None:
         self.engine, self.model = engine, model
-        self._watch = WeightWatch(engine.program, model, native=engine.is_native)
+        self._watch = engine.watch(model)
         self._lanes: list[tuple[Lane, list[int]]] = []
         self._batch = batch
         self.reset()
@@ -128,7 +127,12 @@ class Decoder:
     @property
     def _kept_inputs(self) -> Tensor:
         """The same without a copy: to be read only, and until the next call."""
-        return self._sequence[:, : max(lane.position for lane, _ in self._lanes)]
+        return self._sequence[:, : self._longest]
+
+    @property
+    def _longest(self) -> int:
+        """Positions done of the row that has most."""
+        return max(lane.position for lane, _ in self._lanes)
 
     @property
     def weights_unchanged(self) -> bool:
@@ -245,11 +249,12 @@ class Decoder:
 
     def _extend_unwatched(self, tokens: Tensor) -> Any:
         """The same for a caller that has seen to it that the weights are unchanged."""
+        one = isinstance(tokens, Tensor) and tokens.dim() > 1 and tokens.shape[1] == 1
+        if one and self._placed(tokens[:, 0]):
+            return self._assemble([self._stacked([self._step_placed()])])
         self._check_sequence(tokens, "tokens")
         self._check_batch(tokens)
         self._ready(tokens)
-        if tokens.shape[1] == 1 and self._placed(tokens[:, 0]):
-            return self._assemble([self._stacked([self._step_placed()])])
         whole = len(self._lanes) == 1  # indexing by rows copies
         return self._assemble(
             [self._extend_lane(lane, rows, tokens if whole else tokens[rows]) for lane, rows in self._lanes]
@@ -424,10 +429,7 @@ class Decoder:
     def _renew_weights(self) -> None:
         if self.model is not None and self._watch.restructured():
             engine = build_engine(self.model, self.engine.program.example, self.engine.options)
-            self.engine, self._watch = (
-                engine,
-                WeightWatch(engine.program, self.model, native=engine.is_native),
-            )
+            self.engine, self._watch = engine, engine.watch(self.model)
             self._start(self._batch)
             return
         changed = self._watch.changed()

@@ -28,7 +28,7 @@ from .inputs import Description, Fixed, same_bits
 from .options import Options
 from .report import Report, note_report, refused_text
 from .sessions import Match, MemoryLimit, Session, clock, holds, quiet_mode, release, tracing
-from .weights import WeightWatch, checksum
+from .weights import checksum
 
 _MOST_SESSIONS = 8
 _MOST_DOORS = 8  # per first weight: graphs, options and swapped weights seen together
@@ -48,13 +48,14 @@ class Door:
     def __init__(
         self,
         doors: Doors,
+        key: DoorKey,
         gm: fx.GraphModule,
         roles: Roles,
         arguments: Sequence[Any],
         beside: Sequence[Description],
         options: Options,
     ) -> None:
-        self.doors, self.roles, self.options = doors, roles.bound(arguments), options
+        self.doors, self.key, self.roles, self.options = doors, key, roles.bound(arguments), options
         self.module = nn.Module()
         self.refusals: tuple[Refusal, ...] = ()
         self._broken = broken_off(gm)
@@ -80,7 +81,7 @@ class Door:
                     )
                 self.engine: Engine = build_engine(self.module, example, options)
                 self.report: Report = self.engine.report
-                self._watch = WeightWatch(self.engine.program, self.module, native=self.engine.is_native)
+                self._watch = self.engine.watch(self.module)
                 self._read_outputs()
         except Exception as error:
             self.refuse(error)
@@ -253,7 +254,7 @@ class Door:
             decoder = session.decoder
             fresh = session.weights_unchanged
             if decoder is not None and fresh:
-                lost = decoder._kept_inputs.shape[1] - match.common
+                lost = decoder._longest - match.common
                 if match.common < sequence.shape[1] and (
                     lost > _CHEAP_LOSS or decoder.batch != sequence.shape[0]
                 ):
@@ -344,6 +345,12 @@ class Doors(OrderedDict[DoorKey, Door]):
             return True
         self._made, self._passed = self._made + 1, 0
         return False
+
+    def keep(self, door: Door) -> bool:
+        """Whether a door is still the one for its key; it counts as used."""
+        if known := self.get(door.key) is door:
+            self.move_to_end(door.key)
+        return known
 
     def __reduce__(self) -> Any:
         return OrderedDict, ()

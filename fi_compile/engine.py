@@ -18,6 +18,7 @@ from .compare import disagreements
 from .costs import Tiling
 from .derive import Derived, derive, tile_step
 from .describe import describe
+from .dynamo import SequenceModule
 from .errors import CapacityError, InputError, Refusal, Unsupported
 from .falsify import check_finite, check_step, rows_apart
 from .lane import Lane
@@ -45,6 +46,7 @@ from .step import StepProgram
 from .text import program_text
 from .twin import twin_values
 from .units import Plan, Unit
+from .weights import WeightWatch
 
 log = logging.getLogger(__name__)
 
@@ -258,6 +260,13 @@ class Engine:
     def is_native(self) -> bool:
         """Whether what is compiled, and the extension, may be used."""
         return self.options.step != "eager"
+
+    def watch(self, model: nn.Module | None) -> WeightWatch:
+        """A watch over the weights of a model that this engine was made for, as they are now."""
+        # Dynamo passes other weights as other arguments: what stands for the graph then is another module.
+        return WeightWatch(
+            self.program, model, native=self.is_native, sealed=isinstance(model, SequenceModule)
+        )
 
     @cached_property
     def bare_output(self) -> bool:

@@ -1,8 +1,8 @@
 """Code in C++: built once by the compiler that builds the steps, and kept on disk.
 
 The extension ``between.cpp`` does nothing that is not written in Python too: :meth:`Layers.bind`,
-:meth:`WeightWatch.unchanged`, :meth:`Decoder.step` and the backend are its callers. Tiles by ``kernels/tile_lanes.cpp``
-are torch's where it cannot be built. Without a compiler everything takes a few times as long, and computes the same.
+:class:`WeightWatch`, :meth:`Decoder.step` and the backend are its callers. Tiles by ``kernels/tile_lanes.cpp`` are
+torch's where it cannot be built. Without a compiler everything takes a few times as long, and computes the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from .kept import cache_directory, keep, known, machine
 from .kernels import tile_lanes
@@ -45,14 +44,15 @@ def between() -> Any | None:
     return _once(_found, _lock, _SOURCE, _built, _loaded)
 
 
-def places(tensors: list[Tensor]) -> bytes | None:
-    """Equal for the same tensor objects with their data at the same places, in the same dtypes.
+def places(values: tuple[Any, ...], tensors: tuple[int, ...], numbers: tuple[int, ...] = ()) -> bytes | None:
+    """Equal where the values at the places ``tensors`` are the same objects with their data where they were, of the
+    same dtypes, and those at ``numbers`` tensors of the same number, bit by bit.
 
     None where that cannot be told quickly: no extension is loaded, or a tensor is of another kind.
     """
     extension = _found[0] if _found else None
     try:
-        return None if extension is None else extension.places(tensors)
+        return None if extension is None else extension.places(values, tensors, numbers)
     except RuntimeError:
         return None
 

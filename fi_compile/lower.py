@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .chain import bind_linked
 from .errors import FlashinfWarning
 from .layers import Layers, Run, is_write, returns_written, split_layers, whole
-from .native import INDUCTOR, Native, compile_native, generating
+from .native import INDUCTOR, Native, by_torch_alone, compile_native, generating
 from .step import StepProgram
 
 log = logging.getLogger(__name__)
@@ -293,7 +293,7 @@ def _inductor(part: fx.GraphModule, example: list[Tensor]) -> Run:
     from torch._inductor.compile_fx import compile_fx
 
     with generating(INDUCTOR):
-        function: Any = compile_fx(part, example)
+        function: Any = compile_fx(by_torch_alone(part, example), example)
     return lambda args: function(*args)
 
 

@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from .errors import FlashinfWarning
 from .kept import cache_directory, keep, known, machine
+from .kernels import block
 from .layers import lies_as, returned_values, tensor_form
 
 log = logging.getLogger(__name__)
@@ -113,7 +115,16 @@ def _compile(part: fx.GraphModule, example: Sequence[Tensor], folder: Path) -> P
     except Exception as error:  # operators of a library of their own take tensors
         log.info("a part of the step is called with tensors, not pointers: %s", error)
     with generating(INDUCTOR):  # which may now try out the compiler
-        return Path(str(aot_compile(part, tuple(example))))
+        return Path(str(aot_compile(by_torch_alone(part, example), tuple(example))))
+
+
+def by_torch_alone(part: fx.GraphModule, example: Sequence[Tensor]) -> fx.GraphModule:
+    """A part without operators that only code of our own knows."""
+    if not part.graph.find_nodes(op="call_function", target=block.OPERATOR):
+        return part
+    known = {block.OPERATOR: block.block_sum_by_torch}
+    with torch.no_grad():
+        return make_fx(part, decomposition_table=known, tracing_mode="fake")(*example)
 
 
 def _load(library: Path, part: fx.GraphModule) -> Native:
@@ -140,7 +151,7 @@ def _called(entry: Any, outputs: Sequence[Tensor]) -> Callable[[list[Any]], Sequ
 @cache
 def _written_by() -> str:
     """A digest of what writes a part's source, beside TorchInductor."""
-    files = (Path(__file__).with_name(name) for name in ("pointers.py", "skinny_gemm.h"))
+    files = (Path(__file__).with_name(name) for name in ("pointers.py", "skinny_gemm.h", "block_sum.h"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

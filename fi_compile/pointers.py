@@ -18,13 +18,14 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._inductor import codecache, ir
+from torch._inductor import codecache, ir, lowering
 from torch._inductor.codegen import common
 from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.virtualized import V
 
+from .kernels import block  # registers its operator
 from .layers import returned_values, strided_alike
 from .native import ENTRY
 
@@ -37,8 +38,11 @@ _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 # Products of so few rows that to read the weight is most of their cost are ours.
 _SKINNY = Path(__file__).with_name("skinny_gemm.h").read_text()
-_SKINNY_TYPES = {torch.float32: "float", torch.float64: "double"}
+_KINDS = {torch.float32: "float", torch.float64: "double"}
 _MOST_ROWS = 32
+
+# The sum inside a base block, `kernels.block.block_sum`, is ours too.
+_BLOCK_SUM = Path(__file__).with_name("block_sum.h").read_text()
 
 
 def _declarations() -> str:
@@ -51,6 +55,7 @@ def _declarations() -> str:
 
 _HEADER = f"""
 {_SKINNY}
+{_BLOCK_SUM}
 #include <initializer_list>
 #include <memory>
 #include <new>
@@ -112,12 +117,24 @@ def generate_source(part: fx.GraphModule, example: Sequence[Tensor]) -> str:
     usual = common.device_codegens["cpu"], codecache.AotCodeCompiler
     common.device_codegens["cpu"] = dataclasses.replace(usual[0], cpp_wrapper_codegen=Wrapper)
     codecache.AotCodeCompiler = Compiler
+    lowering.lowerings[_SUM] = _lowered_sum
     try:
         aot_compile(part, tuple(example))
     finally:
         common.device_codegens["cpu"], codecache.AotCodeCompiler = usual
+        del lowering.lowerings[_SUM]
     (source,) = found
     return source
+
+
+_SUM = block.OPERATOR
+
+
+def _lowered_sum(inputs: Any, table: Any, j: Any, source: Any = None) -> Any:
+    (_, batch, _), (_, channels) = inputs.get_size(), table.get_size()
+    given = [ir.ExternKernel.realize_input(x) for x in (inputs, table, j, source) if x is not None]
+    layout = ir.FixedLayout(inputs.get_device(), inputs.get_dtype(), [batch, channels])
+    return ir.TensorBox.create(ir.ExternKernelOut(layout, given, python_kernel_name=_SUM.name()))
 
 
 def builder_of(source: str, folder: Path) -> CppBuilder:
@@ -229,6 +246,9 @@ class _Wrapper(CppWrapperCpu):
 
     def generate_extern_kernel_out(self, node: Any) -> None:
         name = str(node.python_kernel_name).removeprefix("extern_kernels.")
+        if name == _SUM.name():
+            self.writeline(_block_sum(node))
+            return
         tensors, factors = _PRODUCTS.get(name, (0, 0))
         if not tensors or len(node.inputs) != tensors or node.output_view is not None:
             raise NotImplementedError("an operator called by name")
@@ -247,7 +267,7 @@ class _Wrapper(CppWrapperCpu):
 def _skinny(name: str, node: Any) -> str | None:
     """The call of ``skinny_gemm`` for x · weightᵀ (+ bias) where x has few rows; None for every other product."""
     *bias, x, weight = node.inputs
-    kind = _SKINNY_TYPES.get(node.get_dtype())
+    kind = _KINDS.get(node.get_dtype())
     if (
         name not in ("mm", "addmm")
         or kind is None
@@ -276,6 +296,26 @@ def _skinny(name: str, node: Any) -> str | None:
     return (
         f"skinny_gemm<{kind}, {m}>("
         f"{at(x)}, {x_row}, {at(weight)}, {weight_row}, {added}, {at(node)}, {sizes});"
+    )
+
+
+def _block_sum(node: Any) -> str:
+    """The call of ``block_sum``."""
+    inputs, table, j, *source = node.inputs
+    kind = _KINDS.get(node.get_dtype())
+    if kind is None or any(
+        v.get_dtype() != node.get_dtype() or _strides(v)[-1] != 1 for v in (inputs, table)
+    ):
+        raise NotImplementedError("a sum inside a block of other numbers")
+    block, batch, _ = (_number(size) for size in inputs.get_size())
+    (row, batch_row, _), (table_row, _), (out_row, _) = map(_strides, (inputs, table, node))
+    gather = f"(int64_t*)({source[0].codegen_reference()})" if source else "nullptr"
+    rows = f"((int64_t*)({j.codegen_reference()}))[0]"
+    first = f"({kind}*)({table.codegen_reference()}) + ({block} - {rows}) * {table_row}"
+    sizes = f"{out_row}, {batch}, {_number(node.get_size()[1])}, {torch.get_num_threads()}"
+    return (
+        f"block_sum<{kind}>(({kind}*)({inputs.codegen_reference()}), {row}, {batch_row}, {first}, {table_row}, {rows}, "
+        f"{gather}, ({kind}*)({node.codegen_reference()}), {sizes});"
     )
 
 

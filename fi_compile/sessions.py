@@ -112,7 +112,7 @@ class Session:
             start -= 1
         newest: list[Any] = []
         if start < length:
-            if start < decoder._kept_inputs.shape[1]:
+            if start < decoder._longest:
                 decoder.rewind(start)
                 self._truncate(start)
             may_compile = match.index is not None or decoder.capacity < length
@@ -155,7 +155,7 @@ class Session:
         for growing, rows in zip(self.outputs, flat, strict=True):
             if growing is not None:
                 growing.append(rows)
-        length = self.decoder._kept_inputs.shape[1]
+        length = self.decoder._longest
         if length - self._weighed >= _WEIGH_EVERY:
             make_room(self, self.nbytes)
             self._weighed = length

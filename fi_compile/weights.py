@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter, is_
 from typing import Any, TypeGuard
@@ -25,14 +25,17 @@ class _Watched:
 
 
 class WeightWatch:
-    """Strong references to every tensor a program read from its model, with their versions.
+    """Strong references to every tensor a program read from its model, with their versions and places in memory.
 
-    ``unchanged()`` is cheap enough for every step. Writes that bump no version (``.data``, NumPy, fused optimisers)
-    are seen only by ``changed()``. ``native``: whether the extension may look, where there is one.
+    ``unchanged()`` is cheap enough for every step. Writes that bump no version (through ``.data``, NumPy, fused
+    optimisers) are seen only by ``changed()``. ``native``: whether the extension may look, where there is one.
+    ``sealed``: nobody exchanges what the model's modules hold; what the tensors hold may change all the same.
     """
 
-    def __init__(self, program: Program, model: nn.Module | None, *, native: bool = False) -> None:
-        self.program, self.model, self._native = program, model, native
+    def __init__(
+        self, program: Program, model: nn.Module | None, *, native: bool = False, sealed: bool = False
+    ) -> None:
+        self.program, self.model, self._native, self._sealed = program, model, native, sealed
         self.remember()
 
     def remember(self) -> None:
@@ -43,21 +46,36 @@ class WeightWatch:
         self._sums = [checksum(tensor) for _, _, tensor, _ in self._known]
         aliases = [] if self.model is None else list(_other_names(self.model, self.watched))
         held = [*modules, *aliases, *((owner, key, tensor) for owner, key, tensor, _ in self._known)]
+        held = [] if self._sealed else held
         self._places = tuple(owner for owner, _, _ in held), tuple(key for _, key, _ in held)
         self._objects = tuple(value for _, _, value in held)
         flags = [tensor for _, _, tensor in aliases if is_flag(tensor) and not tensor.is_inference()]
         known = [tensor for _, _, tensor, version in self._known if version is not None]
         self._versioned = (*known, *flags)
         self._versions = tuple(tensor._version for tensor in self._versioned)
+        self._data = tuple(map(_data, self._versioned))
         self._structure = self._shape_of_model()
+        self._looking: Callable[[], bool] | None = None  # the extension's own, once it is asked
 
     def unchanged(self) -> bool:
-        """Whether every watched tensor, and every module on the way to one, is the same object and version."""
-        extension = between() if self._native else None
-        if extension is not None:
-            return extension.unchanged(*self._places, self._objects, self._versioned, self._versions)
-        return all(map(is_, map(dict.get, *self._places), self._objects)) and (
-            tuple(map(_VERSION, self._versioned)) == self._versions
+        """Whether every watched tensor, and every module on the way to one, is the same object as it was.
+
+        Of tensors, also the version, and where their data lie.
+        """
+        looking = self._looking
+        if looking is None:
+            extension = between() if self._native else None
+            if extension is None:
+                return self._looks_unchanged()
+            known = self._versioned, self._versions, self._data
+            looking = self._looking = extension.Watch(*self._places, self._objects, *known)
+        return looking()
+
+    def _looks_unchanged(self) -> bool:
+        return (
+            all(map(is_, map(dict.get, *self._places), self._objects))
+            and tuple(map(_VERSION, self._versioned)) == self._versions
+            and tuple(map(_data, self._versioned)) == self._data
         )
 
     def changed(self) -> list[str]:
@@ -149,6 +167,12 @@ def is_flag(tensor: Tensor | None) -> TypeGuard[Tensor]:
     if tensor is None or tensor.numel() != 1 or tensor.is_meta:
         return False
     return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _data(tensor: Tensor) -> int:
+    """Where the data of a tensor lie; 0 for those of a subclass, which may have none."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and torch._C._has_storage(tensor)
+    return tensor.data_ptr() if plain else 0
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -37,18 +37,39 @@ def block_sum_reference(
     return out
 
 
-def block_sum(inputs: Tensor, table: Tensor, j: Tensor, source: Tensor | None = None) -> Tensor:
-    """The same through `block_table`.
+# Steps are traced: there the sum is one operator, which a step that is compiled for a CPU has code of its own for.
+_library = torch.library.Library("flashinf", "FRAGMENT")
+_library.define("block_sum(Tensor inputs, Tensor table, Tensor j, Tensor? source) -> Tensor")
 
-    inputs: [K, B, Cin], finite in every row; table: [2K, Cout]; j: int64 tensor of one element, the
-    position inside the block, 0 <= j < K; source: int64 [Cout] or None. Returns [B, Cout].
-    """
+
+def block_sum_by_torch(inputs: Tensor, table: Tensor, j: Tensor, source: Tensor | None = None) -> Tensor:
+    """What `block_sum` computes, as one gather, one product and one sum of static shapes."""
     block = inputs.shape[0]
     rows = torch.arange(block, device=inputs.device) + (block - j)
     weights = table.index_select(0, rows)
     if source is not None:
         inputs = inputs.index_select(2, source)
     return (inputs * weights.unsqueeze(1)).sum(0)
+
+
+_library.impl("block_sum", block_sum_by_torch, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("flashinf::block_sum", lib=_library)
+def _shape(inputs: Tensor, table: Tensor, j: Tensor, source: Tensor | None) -> Tensor:
+    return inputs.new_empty(inputs.shape[1], table.shape[1])
+
+
+OPERATOR = torch.ops.flashinf.block_sum.default
+
+
+def block_sum(inputs: Tensor, table: Tensor, j: Tensor, source: Tensor | None = None) -> Tensor:
+    """The same through `block_table`.
+
+    inputs: [K, B, Cin], finite in every row; table: [2K, Cout]; j: int64 tensor of one element, the
+    position inside the block, 0 <= j < K; source: int64 [Cout] or None. Returns [B, Cout].
+    """
+    return OPERATOR(inputs, table, j, source)
 
 
 def block_step(

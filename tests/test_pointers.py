@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from decoding import gap
 from fi_compile import extension, native, pointers
+from fi_compile.kernels.block import block_sum
 from fi_compile.layers import whole
 from fi_compile.lower import only_own_warnings
 from fi_compile.native import compile_native
@@ -157,3 +158,40 @@ def test_operators_of_other_libraries_take_tensors():
     run = compile_native(part, example)
     assert run.address is None
     assert torch.equal(run(example)[0], example[0].sort().values)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "channels", "gathered"),
+    [(torch.float32, 1, 1, False), (torch.float32, 3, 16 * 17 + 5, True), (torch.float64, 2, 150, False)],
+)
+def test_the_sum_inside_a_block_is_a_kernel_of_our_own(dtype, batch, channels, gathered):
+    block, before = 6, 3  # rows, and channels of others beside ours
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    rows = random(block, batch, channels + before)[:, :, before:]
+    table = random(2 * block, channels + before)[:, before:]
+    source = [torch.randint(channels, (channels,), generator=generator)] if gathered else []
+    example = [rows, table, torch.tensor([block - 1]), *source]
+    part = part_of(lambda *given: [block_sum(*given)], example)
+    run = compile_native(part, example)
+    assert run.address is not None
+    for j in range(block):
+        rows[j] = torch.nan  # what is not there yet is not read
+        example[2].fill_(j)
+        found = run(example)[0]
+        rows[j] = random(batch, channels)
+        table_row = table[block - j : block, None]
+        read = rows[:j] if not source else rows[:j, :, source[0]]
+        expected = (read.double() * table_row.double()).sum(0)
+        assert gap(found.double(), expected) < 20 * torch.finfo(dtype).eps
+
+
+def test_where_no_code_is_ours_a_part_is_torch_alone():
+    example = [torch.randn(4, 1, 3).half(), torch.randn(8, 3).half(), torch.tensor([2])]
+    part = part_of(lambda *given: [block_sum(*given)], example)
+    run = compile_native(part, example)
+    assert run.address is None
+    assert gap(run(example)[0].float(), part(*example)[0].float()) < 1e-2
