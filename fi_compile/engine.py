@@ -21,6 +21,7 @@ from .describe import describe
 from .dynamo import SequenceModule
 from .errors import CapacityError, InputError, Refusal, Unsupported
 from .falsify import check_finite, check_step, rows_apart
+from .inputs import same_bits
 from .lane import Lane
 from .lower import CompiledStep
 from .mixers.convolution import LONGEST_WINDOW, Convolution, FilterGrew, verify
@@ -197,8 +198,14 @@ class Engine:
 
     @cached_property
     def double_values(self) -> dict[str, Tensor]:
-        """The program's inputs in double precision."""
-        return twin_values(self.program)
+        """The program's inputs in double precision; long tables are not kept twice, where the analysis has them."""
+        known = self.analysis.parameters
+
+        def once(name: str, value: Tensor) -> Tensor:
+            other = known.get(name, value)
+            return other if other.dtype == value.dtype and same_bits(other, value) else value
+
+        return {name: once(name, value) for name, value in twin_values(self.program).items()}
 
     def _timed(
         self, name: str, run: Callable[[], Any], *, rewrites: int, program: Program | None = None

@@ -567,6 +567,9 @@ void move_group(const Block& block, int64_t group) {
   for (int64_t b = 0; b < block.batch; ++b) {
     T* rows = static_cast<T*>(block.rows) + b * block.rows_batch + first;
     T* columns = static_cast<T*>(block.columns) + b * block.columns_batch + first * block.columns_channel;
+    // Of the next group: every channel lies in a page of its own, which the processor does not foresee.
+    for (int64_t c = n; c < std::min<int64_t>(2 * n, block.channels - first); ++c)
+      fetch(columns + c * block.columns_channel, block.positions);
     int64_t p = 0;
     for (; lanes == n && p + n <= block.positions; p += n) {
       V<T> r[n];

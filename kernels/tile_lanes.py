@@ -19,7 +19,7 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("tile_lanes.cpp")
 SMALLEST = 16  # inputs of a tile
 # Values below which a second thread is not worth waking.
-_SHARED = 1 << 17
+_SHARED = 1 << 15
 
 _Pointer, _Int = ctypes.c_void_p, ctypes.c_int64
 

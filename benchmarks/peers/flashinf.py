@@ -18,6 +18,7 @@ from .base import Peer
 def _step(pending: Tensor, inputs: Tensor, table: Tensor, skip: Tensor, local: Tensor, y: Tensor) -> Tensor:
     z = block_step(pending, inputs, table, local) + skip * y
     inputs.index_copy_(0, local, y.unsqueeze(0))
+    local.add_(1)
     return z
 
 
@@ -49,15 +50,17 @@ class Flashinf(Peer):
 
     def step(self, y: Tensor) -> Tensor:
         """Inputs and outputs of a position as a step has them, [1, C]."""
-        self.local.fill_(self.state.local)
         self.y.copy_(y)
         z = self._run()
         self.state.advance()
+        if not self.state.local:
+            self.local.zero_()
         return z
 
     def restart(self) -> None:
         """Back to position 0."""
         self.state.restart(0)
+        self.local.zero_()
 
     def run_tiles(self) -> None:
         """All positions without the sums inside blocks: tiles, and moving blocks between them."""
