@@ -14,6 +14,8 @@ from .extension import between
 from .program import Kind, Program
 
 _VERSION = attrgetter("_version")
+_WORDS = 64  # of 32 bits that make one of 64 in a checksum
+_ROWS = 1 << 12  # of them at once, in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -196,15 +198,26 @@ def _submodules(program: Program, model: nn.Module) -> Iterable[tuple[dict[str, 
 
 
 def checksum(tensor: Tensor) -> int:
-    """A fingerprint of the contents: a position-weighted sum of the bits."""
+    """A fingerprint of the contents: sums of 32-bit words by random 64-bit weights, and of these sums, to the last.
+
+    Multilinear hashing (Carter and Wegman, JCSS 1979): two contents collide with a probability of about 2**-32 a
+    level, whatever they are; negated and exchanged entries are other contents.
+    """
     data = tensor.detach()
     if data.is_complex():
         data = torch.view_as_real(data)
-    bits = data.contiguous().flatten().view(torch.uint8)
-    whole = bits[: bits.numel() // 8 * 8].view(torch.int64)
-    folded = whole[: whole.numel() // 63 * 63].view(-1, 63)
-    rest = bits[folded.numel() * 8 :].to(torch.int64)
-    rows = (folded * torch.arange(1, 64, dtype=torch.int64, device=data.device)).sum(1)
-    mixed = (rows * (2 * torch.arange(rows.numel(), device=data.device) + 1)).sum()
-    tail = (rest * torch.arange(1, rest.numel() + 1, device=data.device)).sum()
-    return int(mixed * 31 + tail)
+    words = data.contiguous().flatten().view(torch.uint8)
+    words = torch.nn.functional.pad(words, (0, -words.numel() % 4)).view(torch.int32)
+    factors, number = _hash_factors(data.device), tensor.numel()
+    while words.numel() > 2:
+        whole = words[: words.numel() // _WORDS * _WORDS].view(-1, _WORDS)
+        rest = words[whole.numel() :]
+        sums = [(part * factors).sum(1) for part in whole.split(_ROWS)]
+        words = torch.cat([*sums, (rest * factors[: rest.numel()]).sum(0, keepdim=True)]).view(torch.int32)
+    return hash((number, *words.tolist()))
+
+
+def _hash_factors(device: torch.device) -> Tensor:
+    """Fixed random 64-bit numbers, int64 [_WORDS]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**63), 2**63 - 1, (_WORDS,), generator=generator).to(device)

@@ -9,6 +9,7 @@ import fi_compile
 from decoding import decoded, gap
 from fi_compile.layers import split_layers
 from fi_compile.lower import CompiledStep
+from fi_compile.weights import checksum
 
 
 class Normed(nn.Module):
@@ -119,3 +120,27 @@ def test_another_table_of_another_size():
     dec.reset()
     with pytest.raises(fi_compile.InputError, match="0 … 4"):
         dec.prefill(ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+def test_checksums_see_signs_and_places(dtype):
+    """In float64 a sign is the highest bit of a word, which even weights would shift out."""
+    value = torch.arange(-63 * 6, 63 * 6).to(dtype)
+    seen = [-value, value.flip(0), torch.cat([value, value[:1] * 0]), value[:-1]]
+    for i, j in ((0, 1), (2, 63), (1, 126)):
+        swapped, negated = value.clone(), value.clone()
+        swapped[[i, j]], negated[j] = value[[j, i]], -value[j]
+        seen += [swapped, negated]
+    sums = [checksum(v) for v in seen]
+    assert checksum(value) == checksum(value.clone())
+    assert checksum(value) not in sums
+
+
+def test_weights_negated_behind_autograds_back():
+    net = Stack(("scale", "shift")).double().eval()
+    ids = torch.randint(11, (1, 6))
+    dec = fi_compile.decoder(net, ids, max_length=16, options={"step": "eager"})
+    dec.prefill(ids)
+    net.table.weight.data[1].neg_()
+    ids = torch.full_like(ids, 1)
+    assert gap(dec.prefill(ids), net(ids)[:, -1]) < 1e-12
