@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -39,7 +38,6 @@ _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-c
 # A graph is interpreted this many times before Inductor is worth its compile time.
 _EAGER_CALLS = 2
 _EAGER_PROMPTS = 8
-_DTYPE = attrgetter("dtype")
 
 
 def flashinf(
@@ -182,12 +180,12 @@ class _Artifact:
 
     def _on(self, weights: list[Tensor], sequence: Tensor) -> GraphKey:
         """The key of this graph on these weights and sequences of this kind: nearly always that of the last call."""
-        kind = sequence.dtype, sequence.device, sequence.shape[2:]
+        kind = sequence.dtype, sequence.device, sequence.shape[2:], torch.get_default_dtype()
         seen, last = places(weights), self._last
         if last is not None and seen is not None and last[:2] == (seen, kind):
             return last[2]
-        weighed = tuple(map(id, weights)), tuple(map(Tensor.data_ptr, weights)), tuple(map(_DTYPE, weights))
-        key = GraphKey((self._text, self._roles.outputs, self._options, *weighed, kind))
+        weighed = tuple((id(w), w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights)
+        key = GraphKey((self._text, self._roles.outputs, self._options, weighed, kind))
         if last is not None and last[2] == key:
             key = last[2]
         self._last = seen, kind, key

@@ -314,7 +314,7 @@ PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
   });
 }
 
-// places(tensors): a list of ordinary tensors; bytes that are equal for the same tensors at the same places
+// places(tensors): a list of ordinary tensors; bytes that are equal for the same tensors laid out so at the same places
 PyObject* places(PyObject*, PyObject* tensors) {
   return guarded([&]() -> PyObject* {
     if (!PyList_CheckExact(tensors)) throw std::runtime_error("places takes a list");
@@ -325,6 +325,8 @@ PyObject* places(PyObject*, PyObject* tensors) {
       found.push_back(reinterpret_cast<std::intptr_t>(object));
       found.push_back(reinterpret_cast<std::intptr_t>(tensor.const_data_ptr()));
       found.push_back(static_cast<std::intptr_t>(tensor.scalar_type()));
+      found.insert(found.end(), tensor.sizes().begin(), tensor.sizes().end());
+      found.insert(found.end(), tensor.strides().begin(), tensor.strides().end());
     }
     const auto* bytes = reinterpret_cast<const char*>(found.data());
     return PyBytes_FromStringAndSize(bytes, static_cast<Py_ssize_t>(found.size() * sizeof(std::intptr_t)));

@@ -62,6 +62,7 @@ class Door:
         self.lock = threading.RLock()  # knows its owner, so that an interrupt cannot leave it held
         self._last_length, self._misses = -1, 0
         self._versions: list[int] = []
+        self.generation = 0  # of the weights: sessions of an earlier one are stale
         try:
             self.module = module = wrap_graph(gm, self.roles, arguments, beside)
             self._versions = self._weight_versions()
@@ -131,6 +132,7 @@ class Door:
         if changed:
             self._watch.remember()
             self.engine = self.engine.renewed(self._watch.current(), changed)
+            self.generation += 1
         return Decoder(self.engine, self.module, batch)
 
     def layouts(self, batch: int) -> list[Any]:
@@ -251,7 +253,7 @@ class Door:
         """Continue a session whose lock is held; None where our own work failed, which is then a refusal."""
         try:
             decoder = session.decoder
-            fresh = session.weights_unchanged
+            fresh = session.is_fresh(sequence)
             if decoder is not None and fresh:
                 lost = decoder._kept_inputs.shape[1] - match.common
                 if match.common < sequence.shape[1] and (

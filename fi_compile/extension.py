@@ -46,7 +46,7 @@ def between() -> Any | None:
 
 
 def places(tensors: list[Tensor]) -> bytes | None:
-    """Equal for the same tensor objects with their data at the same places, in the same dtypes.
+    """Equal for the same tensor objects with their data at the same places, in the same dtypes and layouts.
 
     None where that cannot be told quickly: no extension is loaded, or a tensor is of another kind.
     """

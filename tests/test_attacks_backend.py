@@ -106,6 +106,59 @@ def test_weights_made_in_inference_mode_and_written_in_place():
         decode(fast, model, ids, 3)
 
 
+def test_a_fused_optimiser_between_generations_from_one_prompt():
+    """It bumps no version; a call with no new position shows that a sequence begins again."""
+    model = Small()
+    fast, prompt, rest = compiled(model), random_ids(1, 5), random_ids(1, 5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        with torch.inference_mode():
+            for n in range(5):
+                ids = torch.cat([prompt, rest[:, :n]], 1)
+                assert_like(fast(ids), model(ids))
+        optimizer.zero_grad()
+        model(prompt).square().mean().backward()
+        optimizer.step()
+
+
+def test_weights_written_unseen_leave_no_session_that_is_stale():
+    model = Small()
+    fast, ids = compiled(model), random_ids(1, 12)
+    other = torch.cat([ids[:, :8], (ids[:, 8:] + 1) % VOCAB], 1)
+    with torch.inference_mode():
+        for n in range(6, 13):
+            fast(ids[:, :n])
+        for n in range(8, 13):
+            fast(other[:, :n])
+        model.filter.data.neg_()
+        for n in range(6, 13):
+            assert_like(fast(ids[:, :n]), model(ids[:, :n]))
+        for n in range(8, 13):
+            assert_like(fast(other[:, :n]), model(other[:, :n]))
+
+
+def test_a_weight_transposed_where_it_lies():
+    model = Small()
+    model.head = nn.Linear(4, 4).double()
+    fast, ids = compiled(model), random_ids(1, 5)
+    with torch.inference_mode():
+        ids = decode(fast, model, ids, 3)
+        model.head.weight.data = model.head.weight.data.t()
+        decode(fast, model, ids, 3)
+
+
+def test_another_default_dtype_is_another_graph():
+    model = Small(lambda out, ids: out * (ids / 3).double().unsqueeze(-1))
+    fast, ids = compiled(model), random_ids(1, 5)
+    with torch.inference_mode():
+        ids = decode(fast, model, ids, 3)
+        try:
+            torch.set_default_dtype(torch.float64)
+            decode(fast, model, ids, 3)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def test_rows_written_through_numpy():
     model = Small()
     fast, ids = compiled(model), random_ids(1, 5)
