@@ -135,7 +135,7 @@ class Decoder:
         """Whether every weight is the tensor, at the version, that the state was computed with."""
         return self._watch.unchanged()
 
-    def weights_same(self) -> bool:
+    def _weights_same(self) -> bool:
         """The same by their contents too: as costly as reading every weight once."""
         return not self._watch.changed()
 

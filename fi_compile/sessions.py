@@ -85,7 +85,7 @@ class Session:
             return False
         if self._unversioned != self.door.unversioned():
             return False
-        return sequence.shape[1] > decoder._kept_inputs.shape[1] or decoder.weights_same()
+        return sequence.shape[1] > decoder._kept_inputs.shape[1] or decoder._weights_same()
 
     @property
     def nbytes(self) -> int:

@@ -171,6 +171,20 @@ def test_rows_written_through_numpy():
             ids = extended(ids)
 
 
+@pytest.mark.parametrize("row", [0, -1])
+def test_rows_written_through_dlpack(row: int):
+    """They bump no version, and leave no trace on the memory."""
+    model = Small()
+    fast, ids = compiled(model), random_ids(1, 5)
+    with torch.inference_mode():
+        for _ in range(8):
+            found = fast(ids)
+            assert_like(found, model(ids))
+            torch.from_dlpack(found)[:, row] = -1e9
+            del found
+            ids = extended(ids)
+
+
 def test_the_storage_of_an_output_is_freed():
     model = Small()
     fast, ids = compiled(model), random_ids(1, 5)
