@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fi_compile
-from decoding import decoded, gap
+from decoding import Net, decoded, gap
 from fi_compile.layers import split_layers
 from fi_compile.lower import CompiledStep
 from fi_compile.weights import checksum
@@ -93,6 +93,18 @@ def test_wide_accumulators_stay_wide():
     model, x = Phase(), torch.randn(1, 900, 4)
     dec = fi_compile.decoder(model, x[:, :5], options={"step": "eager"})
     assert gap(decoded(dec, x, 450), model(x)[:, 449:]) < 1e-6
+
+
+@pytest.mark.parametrize("prompt", [3, 900])
+def test_running_sums_of_what_stays_as_it_is(prompt):
+    """Each step of a sum in float32 would round the same way: a hundred times what the model itself loses."""
+    net, x = (
+        Net(lambda net, x: x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]),
+        torch.full((1, 1800, 2), 0.1),
+    )
+    dec = fi_compile.decoder(net, x[:, :5], max_length=1800, options={"step": "eager"})
+    assert [m.lowering for m in dec.report.mixers] == ["running_sum"]
+    assert gap(decoded(dec, x, prompt), net(x)[:, prompt - 1 :]) < 4e-7
 
 
 def test_decoders_cross_inference_mode():
