@@ -78,8 +78,8 @@ class WeightWatch:
     def restructured(self) -> bool:
         """Whether modules were exchanged, hooked, switched or given other settings, or weights tied: trace again.
 
-        Settings are a module's own numbers, strings, flags and loose tensors, in containers too; what other objects
-        keep is not seen.
+        Settings are a module's own numbers, strings, flags and loose tensors, in containers too, and which other
+        objects it keeps, such as functions; what those keep is not seen.
         """
         return self._shape_of_model() != self._structure
 
@@ -130,7 +130,7 @@ def _settings(value: Any, depth: int = 3) -> Any:
         return tuple((str(k), _settings(v, depth - 1)) for k, v in value.items())
     if depth and isinstance(value, (list, tuple)):
         return tuple(_settings(v, depth - 1) for v in value)
-    return None
+    return _Same(value)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -144,6 +145,20 @@ def test_a_weight_transposed_where_it_lies():
     with torch.inference_mode():
         ids = decode(fast, model, ids, 3)
         model.head.weight.data = model.head.weight.data.t()
+        decode(fast, model, ids, 3)
+
+
+def test_an_array_of_numpys_that_is_edited():
+    class Scaled(Small):
+        def forward(self, ids: Tensor):
+            return super().forward(ids) * torch.as_tensor(self.gains)
+
+    model = Scaled()
+    model.gains = np.arange(1.0, 1 + VOCAB)
+    fast, ids = compiled(model), random_ids(1, 5)
+    with torch.inference_mode():
+        ids = decode(fast, model, ids, 3)
+        model.gains[1] = -5
         decode(fast, model, ids, 3)
 
 

@@ -1,5 +1,6 @@
 """Attacks on how a step runs: layers that look alike, outputs in one memory, modes, wide accumulators."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,22 @@ def test_running_sums_of_what_stays_as_it_is(prompt):
     dec = fi_compile.decoder(net, x[:, :5], max_length=1800, options={"step": "eager"})
     assert [m.lowering for m in dec.report.mixers] == ["running_sum"]
     assert gap(decoded(dec, x, prompt), net(x)[:, prompt - 1 :]) < 4e-7
+
+
+@pytest.mark.parametrize(
+    ("name", "former", "new"),
+    [("act", torch.tanh, torch.relu), ("gains", np.array([1.0, 2.0, 3.0]), np.array([3.0, 1.0, 2.0]))],
+    ids=["function", "array"],
+)
+def test_settings_that_are_exchanged(name, former, new):
+    net = Net(lambda net, x: net.act(x * torch.as_tensor(net.gains)).cumsum(1))
+    net.act, net.gains = torch.tanh, np.ones(3)
+    x = torch.randn(1, 9, 3, dtype=torch.float64)
+    setattr(net, name, former)
+    dec = fi_compile.decoder(net, x, max_length=16, options={"step": "eager"})
+    assert gap(dec.prefill(x), net(x)[:, -1]) < 1e-12
+    setattr(net, name, new)
+    assert gap(dec.prefill(x), net(x)[:, -1]) < 1e-12
 
 
 def test_decoders_cross_inference_mode():
