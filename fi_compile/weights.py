@@ -110,10 +110,16 @@ class WeightWatch:
 
 
 def _python_side(module: nn.Module) -> tuple[Any, ...]:
-    """What a module's forward may read besides its parameters: settings, tensors in containers, flags, hooks."""
+    """What a forward may read besides parameters: its mode, settings, tensors in containers, flags, hooks."""
     own = {k: v for k, v in vars(module).items() if k not in _TORCH_OWN}
     flags = tuple((name, b.item()) for name, b in module._buffers.items() if is_flag(b))
-    return _settings(own), flags, tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
+    return (
+        module.training,
+        _settings(own),
+        flags,
+        tuple(module._forward_hooks),
+        tuple(module._forward_pre_hooks),
+    )
 
 
 _TORCH_OWN = frozenset(vars(nn.Module()))

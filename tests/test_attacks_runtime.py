@@ -124,6 +124,15 @@ def test_settings_that_are_exchanged(name, former, new):
     assert gap(dec.prefill(x), net(x)[:, -1]) < 1e-12
 
 
+def test_training_mode_is_another_model():
+    net = Net(lambda net, x: (x if net.training else 2 * x).cumsum(1)).eval()
+    x = torch.randn(1, 9, 3, dtype=torch.float64)
+    dec = fi_compile.decoder(net, x, max_length=16, options={"step": "eager"})
+    for training in (False, True, False):
+        net.train(training)
+        assert gap(dec.prefill(x), net(x)[:, -1]) < 1e-12
+
+
 def test_decoders_cross_inference_mode():
     model, ids = Stack(("scale",)).eval(), torch.randint(0, 11, (2, 9))
     with torch.inference_mode():
