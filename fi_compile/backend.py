@@ -12,7 +12,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-c
 # A graph is interpreted this many times before Inductor is worth its compile time.
 _EAGER_CALLS = 2
 _EAGER_PROMPTS = 8
-_DTYPE = attrgetter("dtype")
 
 
 def flashinf(
@@ -190,7 +188,7 @@ class _Artifact:
         if seen is None:
             return None
         integers = tuple(args[place] for place in self._roles.integers)
-        return _Call(seen, integers, (sequence.dtype, sequence.device, sequence.shape[2:]))
+        return _Call(seen, integers, _kind(sequence))
 
     def _known_door(self, call: _Call | None) -> Door | None:
         """The last call's door where this one differs in its sequence, and what is beside it, alone."""
@@ -222,14 +220,17 @@ class _Artifact:
 
     def _graph_key(self, weights: list[Tensor], sequence: Tensor) -> GraphKey:
         """The key of this graph on these weights and sequences of this kind."""
-        kind = sequence.dtype, sequence.device, sequence.shape[2:]
-        weighed = tuple(map(id, weights)), tuple(map(Tensor.data_ptr, weights)), tuple(map(_DTYPE, weights))
-        return GraphKey((self._text, self._roles.outputs, self._options, *weighed, kind))
+        weighed = tuple((id(w), w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights)
+        return GraphKey((self._text, self._roles.outputs, self._options, weighed, _kind(sequence)))
 
     def _values(self, args: Sequence[Any], beside: Sequence[Description]) -> tuple[Any, ...]:
         numbers = (exact(args[place].item()) for place in self._roles.numbers)
         integers = (exact(args[place]) for place in self._roles.integers)
         return *numbers, *integers, *beside
+
+
+def _kind(sequence: Tensor) -> tuple[Any, ...]:
+    return sequence.dtype, sequence.device, sequence.shape[2:], torch.get_default_dtype()
 
 
 class _Training:

@@ -310,7 +310,7 @@ uint64_t tag_of(PyObject* dict) {
 struct Known {
   PyObject* tensor;
   int64_t version;
-  const void* data;
+  std::vector<int64_t> layout;  // where its data lie, its sizes, its strides; nothing of a subclass
 };
 
 struct Held {
@@ -325,14 +325,22 @@ struct Watch {
   Held* held;
 };
 
-// Whether a tensor has the version and the data that it had; of a subclass, the version alone.
+bool lies_so(const at::TensorBase& tensor, const std::vector<int64_t>& layout) {
+  const auto dims = static_cast<size_t>(tensor.dim());
+  return tensor.has_storage() && layout.size() == 1 + 2 * dims &&
+      reinterpret_cast<int64_t>(tensor.const_data_ptr()) == layout[0] &&
+      std::equal(tensor.sizes().begin(), tensor.sizes().end(), layout.begin() + 1) &&
+      std::equal(tensor.strides().begin(), tensor.strides().end(), layout.begin() + 1 + tensor.dim());
+}
+
+// Whether a tensor has the version that it had, and lies where and as it lay; of a subclass, the version alone.
 bool same(const Known& known) {
   const auto type = reinterpret_cast<PyObject*>(Py_TYPE(known.tensor));
   if (type == THPVariableClass || type == ParameterClass) {
     const auto& tensor = reinterpret_cast<THPVariable*>(known.tensor)->cdata;
     const auto version = tensor.unsafeGetTensorImpl()->version_counter().current_version();
     if (static_cast<int64_t>(version) != known.version) return false;
-    return !known.data || (tensor.has_storage() && tensor.const_data_ptr() == known.data);
+    return known.layout.empty() || lies_so(tensor, known.layout);
   }
   PyObject* version = PyObject_GetAttrString(known.tensor, "_version");
   if (!version) throw PythonError();
@@ -360,7 +368,7 @@ bool hold_the_same(Watch* self) {
   return true;
 }
 
-// Watch(owners, keys, objects, tensors, versions, places): six tuples, the first three of one length, the others too
+// Watch(owners, keys, objects, tensors, versions, layouts): six tuples, the first three of one length, the others too
 PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject*) {
   return guarded([&]() -> PyObject* {
     PyObject* tuples[6];
@@ -383,8 +391,11 @@ PyObject* watch_new(PyTypeObject* type, PyObject* args, PyObject*) {
       }
     }
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuples[3]); ++i) {
-      const auto* data = reinterpret_cast<const void*>(integer(item(tuples[5], i)));
-      held->known.push_back({item(tuples[3], i), integer(item(tuples[4], i)), data});
+      PyObject* layout = item(tuples[5], i);
+      std::vector<int64_t> numbers;
+      for (Py_ssize_t k = 0; k < PyTuple_Size(layout); ++k) numbers.push_back(integer(item(layout, k)));
+      if (PyErr_Occurred()) throw PythonError();
+      held->known.push_back({item(tuples[3], i), integer(item(tuples[4], i)), std::move(numbers)});
     }
     auto* self = reinterpret_cast<Watch*>(type->tp_alloc(type, 0));
     if (self) {
@@ -431,7 +442,7 @@ void watch_dealloc(PyObject* object) {
 }
 
 PyType_Slot watch_slots[] = {
-    {Py_tp_doc, const_cast<char*>("Watch(owners, keys, objects, tensors, versions, places): whether all is as it was.")},
+    {Py_tp_doc, const_cast<char*>("Watch(owners, keys, objects, tensors, versions, layouts): whether all is as it was.")},
     {Py_tp_new, reinterpret_cast<void*>(watch_new)},
     {Py_tp_call, reinterpret_cast<void*>(watch_call)},
     {Py_tp_traverse, reinterpret_cast<void*>(watch_traverse)},
@@ -445,7 +456,7 @@ PyType_Spec watch_spec = {
 // -- functions -------------------------------------------------------------------------------------------------
 
 // places(values, tensors, numbers): bytes that are equal where the values at the places `tensors` are the same ordinary
-// tensors with their data where they were, and those at `numbers` ordinary tensors of the same one number
+// tensors laid out as they were where they were, and those at `numbers` ordinary tensors of the same one number
 PyObject* places(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded([&]() -> PyObject* {
     if (count != 3) throw std::runtime_error("places takes three tuples");
@@ -470,6 +481,9 @@ PyObject* places(PyObject*, PyObject* const* args, Py_ssize_t count) {
         std::memcpy(&found.back(), tensor.const_data_ptr(), tensor.nbytes());
       }
       found.push_back(static_cast<std::intptr_t>(tensor.scalar_type()));
+      found.push_back(tensor.dim());
+      found.insert(found.end(), tensor.sizes().begin(), tensor.sizes().end());
+      found.insert(found.end(), tensor.strides().begin(), tensor.strides().end());
     }
     const auto* bytes = reinterpret_cast<const char*>(found.data());
     return PyBytes_FromStringAndSize(bytes, static_cast<Py_ssize_t>(found.size() * sizeof(std::intptr_t)));

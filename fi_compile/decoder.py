@@ -139,6 +139,10 @@ class Decoder:
         """Whether every weight is the tensor, at the version, that the state was computed with."""
         return self._watch.unchanged()
 
+    def _weights_same(self) -> bool:
+        """The same by their contents too: as costly as reading every weight once."""
+        return not self._watch.changed()
+
     @property
     def state_bytes(self) -> int:
         """Bytes of state of these sequences (weights, filters and tables are shared and not counted)."""

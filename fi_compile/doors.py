@@ -11,12 +11,11 @@ import contextlib
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from .decoder import Decoder, build_engine
@@ -27,7 +26,7 @@ from .growing import Growing
 from .inputs import Description, Fixed, same_bits
 from .options import Options
 from .report import Report, note_report, refused_text
-from .sessions import Match, MemoryLimit, Session, clock, holds, quiet_mode, release, tracing
+from .sessions import Match, MemoryLimit, Session, clock, fork_rng, holds, quiet_mode, release, tracing
 from .weights import checksum
 
 _MOST_SESSIONS = 8
@@ -63,11 +62,11 @@ class Door:
         self.lock = threading.RLock()  # knows its owner, so that an interrupt cannot leave it held
         self._last_length, self._misses = -1, 0
         self._versions: list[int] = []
+        self.generation = 0  # of the weights: sessions of an earlier one are stale
         try:
             self.module = module = wrap_graph(gm, self.roles, arguments, beside)
             self._versions = self._weight_versions()
-            weights = (*module.parameters(), *module.buffers())
-            self._unversioned = [w for w in weights if w.is_inference()]
+            self._unversioned = [w for w in (*module.parameters(), *module.buffers()) if w.is_inference()]
             with quiet_mode(), tracing(), fork_rng(arguments[roles.sequence].device):
                 example = arguments[roles.sequence].nan_to_num(0, 0, 0)  # its values must not matter
                 written = module.written(example)
@@ -132,6 +131,7 @@ class Door:
         if changed:
             self._watch.remember()
             self.engine = self.engine.renewed(self._watch.current(), changed)
+            self.generation += 1
         return Decoder(self.engine, self.module, batch)
 
     def layouts(self, batch: int) -> list[Any]:
@@ -252,7 +252,7 @@ class Door:
         """Continue a session whose lock is held; None where our own work failed, which is then a refusal."""
         try:
             decoder = session.decoder
-            fresh = session.weights_unchanged
+            fresh = session.is_fresh(sequence)
             if decoder is not None and fresh:
                 lost = decoder._longest - match.common
                 if match.common < sequence.shape[1] and (
@@ -390,11 +390,3 @@ def find_door(doors: Doors, key: DoorKey, make: Callable[[], Door]) -> Door | No
             doors.warn_once(refused_text(door.refusals))
     doors.move_to_end(key)
     return door
-
-
-@contextlib.contextmanager
-def fork_rng(device: torch.device) -> Iterator[None]:
-    """Leave the caller's random numbers alone, also where the graph that is analysed draws some."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
-        yield

@@ -75,8 +75,8 @@ def read_roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Roles | Sta
             integers[place] = as_expr(value)
         elif not isinstance(value, Tensor):
             return _unsupported_input(node, f"a {type(value).__name__}")
-        elif getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False):
-            numbers.append(place)
+        elif getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False) and not value.dim():
+            numbers.append(place)  # an array of NumPy's has dimensions, and is read as what the caller passes
         elif _in_model(node, value):
             weights.append(place)
         else:

@@ -17,10 +17,12 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental import _config as symbolic_config
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from .arithmetic import STAND_INS, attributes_changed, integers_kept, logarithms_kept
 from .program import operator_name
@@ -189,9 +191,19 @@ def _symbolic_math() -> types.SimpleNamespace:
 
 
 _SYMBOLIC_MATH = _symbolic_math()
+
+
+def _answered(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that takes truth values alone, of questions about the length too: ``is_causal=n > 1``."""
+    return lambda *a, **k: plain(
+        *pytree.tree_map_only(torch.SymBool, bool, a), **pytree.tree_map_only(torch.SymBool, bool, k)
+    )
+
+
 _STAND_INS: tuple[tuple[str, str, Any], ...] = (
     *STAND_INS,
     ("opt_einsum", "contract", torch.einsum),
+    ("torch.nn.functional", "scaled_dot_product_attention", _answered(F.scaled_dot_product_attention)),
     ("scipy.fft", "next_fast_len", lambda target, real=False: target),
     ("scipy.fftpack", "next_fast_len", lambda target: target),
 )

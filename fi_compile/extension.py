@@ -45,8 +45,8 @@ def between() -> Any | None:
 
 
 def places(values: tuple[Any, ...], tensors: tuple[int, ...], numbers: tuple[int, ...] = ()) -> bytes | None:
-    """Equal where the values at the places ``tensors`` are the same objects with their data where they were, of the
-    same dtypes, and those at ``numbers`` tensors of the same number, bit by bit.
+    """Equal where the values at the places ``tensors`` are the same objects, laid out as they were where they were,
+    of the same dtypes, and those at ``numbers`` tensors of the same number, bit by bit.
 
     None where that cannot be told quickly: no extension is loaded, or a tensor is of another kind.
     """

@@ -4,9 +4,9 @@ An output with a sequence axis gains rows; each call returns all of them, in a t
 that the model's own output has. Where the sequence axis is outermost in memory that tensor may be a piece of
 a longer buffer. Two buffers alternate, because a caller usually still holds the previous result while
 computing the next; a buffer is written and lent again only when nobody else holds its memory and nobody wrote
-to it meanwhile. A write is seen by the version, one through ``.data`` or NumPy by the last row, which is
-compared, and memory that NumPy was given is not lent again; a write through ``.data`` to earlier rows alone,
-to memory that is then released, is not seen.
+to it meanwhile. A write is seen by the version, one that bumps none (``.data``, DLPack, a storage) by the first
+and the last row and one between them, which are compared, and memory that NumPy was given is not lent again; a
+write that bumps no version, to few rows alone, is not seen.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .inputs import same_bits
+
 # A lent buffer lags behind the newest rows by at most this many, else it is forgotten.
 _LAG = 64
+_STRIDE = 617  # rows from one compared row to the next
 
 
 class _Buffer:
@@ -28,6 +31,7 @@ class _Buffer:
         self.filled = 0
         self.row = row_elements
         self._storage = self.flat.untyped_storage()
+        self._between = 0
         self._holders = self._uses()
         self._seal()
 
@@ -35,11 +39,14 @@ class _Buffer:
         return torch._C._storage_Use_Count(self._storage._cdata)
 
     def _seal(self) -> None:
-        """Note the version, and the last row: writes through ``.data`` or NumPy change no version."""
+        """Note the version, and three rows: writes through ``.data`` or DLPack change no version."""
         self._version = self.flat._version
-        self._checked = self.filled
-        start = max(self._checked - 1, 0) * self.row
-        self._last = self.flat[start : self._checked * self.row].clone()
+        last = max(self.filled - 1, 0)
+        self._between = (self._between + _STRIDE) % (last + 1)
+        self._kept = [(at, self._row_at(at).clone()) for at in sorted({0, self._between, last})]
+
+    def _row_at(self, place: int) -> Tensor:
+        return self.flat[place * self.row : (place + 1) * self.row]
 
     @property
     def free(self) -> bool:
@@ -51,9 +58,9 @@ class _Buffer:
         """Whether nobody wrote to the memory since it was lent, or freed it, or showed it to NumPy."""
         if not self._storage.resizable() or self._storage.nbytes() < self.flat.nbytes:
             return False
-        start = max(self._checked - 1, 0) * self.row
-        last = self.flat[start : self._checked * self.row]
-        return self.flat._version == self._version and torch.equal(last, self._last)
+        return self.flat._version == self._version and all(
+            same_bits(self._row_at(at), kept) for at, kept in self._kept
+        )
 
     def window(self, shape: Sequence[int], strides: Sequence[int], start: int = 0) -> Tensor:
         return self.flat.as_strided(shape, strides, start * self.row)

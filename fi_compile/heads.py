@@ -189,7 +189,7 @@ class _Unfolding:
         if name == "expand":
             listed = self.numbers(_with(node.meta["val"].shape, fold))
             return self.call(aten.expand.default, self.operand(_first(node), rank, fold), listed), fold
-        if name in ("bmm", "matmul", "baddbmm", "scaled_dot_product_attention") and dim < rank - 2:
+        if name in ("bmm", "matmul", "scaled_dot_product_attention") and dim < rank - 2:
             return self.product(node, name, rank, fold), fold
         if name == "einsum":
             return self.einsum(node, fold)
@@ -272,22 +272,8 @@ class _Unfolding:
         if name == "scaled_dot_product_attention":
             new = {k: self.operand(v, rank, fold) for k, v in given.items() if is_tensor(v)}
             return self.again(node, new)
-        left, right = (
-            ("batch1", "batch2") if name == "baddbmm" else ("self", "mat2" if name == "bmm" else "other")
-        )
-        a, b = (self.operand(given[k], rank, fold) for k in (left, right))
-        total = self.call(aten.matmul.default, a, b)
-        if name != "baddbmm":
-            return total
-        beta, alpha = given.get("beta", 1), given.get("alpha", 1)
-        if alpha != 1:
-            total = self.call(aten.mul.Tensor, total, alpha)
-        if beta == 0:  # then it is not read, whatever it holds
-            return total
-        added = self.operand(given["self"], rank, fold)
-        if beta != 1:
-            added = self.call(aten.mul.Tensor, added, beta)
-        return self.call(aten.add.Tensor, added, total)
+        a, b = (self.operand(given[k], rank, fold) for k in ("self", "mat2" if name == "bmm" else "other"))
+        return self.call(aten.matmul.default, a, b)
 
     def einsum(self, node: fx.Node, fold: Fold) -> tuple[fx.Node, Fold] | None:
         given = given_arguments(node)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,7 @@ from .program import (
     is_integer,
     is_tensor,
     is_zero,
+    needed,
     operator_name,
 )
 from .softmaxes import works_along_last
@@ -34,6 +36,9 @@ _SOFTMAXES = ("softmax", "_softmax")
 _COPIES = frozenset({"clone", "contiguous", "alias", "detach", "_to_copy", "to"})
 _LARGEST = ("amax", "max")
 _PRODUCTS = frozenset({"matmul", "bmm"})
+
+
+Mask = tuple[Any, bool]  # a value, and whether its nonzero entries are left
 
 
 @dataclass(frozen=True)
@@ -49,38 +54,81 @@ def with_quotients_masked(program: Program) -> Program:
 
     Before and after::
 
-        e = exp(s - amax(s, -1, True)) * mask; (e @ v) / e.sum(-1, True)
-        e = softmax(where(mask, s, -inf)) * mask; (e @ v) / e.sum(-1, True)
+        e = exp(s - amax(s, -1, True)); ((e * mask) @ v) / (e * mask).sum(-1, True)
+        e = softmax(where(mask, s, -inf)); ((e * mask) @ v) / (e * mask).sum(-1, True)
 
-    Requires that nothing but such quotients reads them. Where the twins do not compute the same, nothing is changed.
+    Requires that nothing but such quotients reads them. Of several masks, one that leaves a score is enough. Where the
+    twins do not compute the same, nothing is changed.
     """
-    chains = [chain for node in program.graph.nodes if (chain := _chain(node)) is not None]
-    if not chains:
+    if not any(operator_name(n.target) in ("exp", *_SOFTMAXES) for n in program.graph.nodes):
         return program
-    found = {chain[-1]: chain for chain in chains}
-    shaped = {each: _scores(chain[0]) for chain in chains for each in chain[:-1]}  # of one shape and type
-    graph = fx.Graph()
+    shared = _repeats_shared(program)
+    found = {n: masks for n in shared.graph.nodes if (masks := _masks(n)) is not None}
+    if not found:
+        return program
+    nodes, graph = list(shared.graph.nodes), fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
+
+    def copy(node: fx.Node) -> None:
+        if node in copied:
+            return
         if node in found:
-            copied[node] = _weights(graph, program, found[node], copied)
-            continue
-        lent = {a: shaped[a] for a in node.all_input_nodes if a in shaped and node not in _readers(a)}
-        copied[node] = graph.node_copy(node, lambda a, lent=lent: copied[lent.get(a) or a])
+            for each in needed(nodes, [mask for chain in found[node] for mask, _ in chain]):
+                copy(each)
+            copied[node] = _weights(graph, shared, node, found[node], copied)
+        else:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+
+    for node in nodes:
+        copy(node)
     graph.eliminate_dead_code()
     graph.lint()
-    made = replace(program, module=fx.GraphModule(nn.Module(), graph))
+    made = replace(shared, module=fx.GraphModule(nn.Module(), graph))
     return made if same_function(made, program) else program
 
 
-def _chain(node: fx.Node) -> list[fx.Node] | None:
-    """What a softmax of masked scores, masked, stands for: from exponentials to the last mask; None if for nothing."""
+def _repeats_shared(program: Program) -> Program:
+    """The program with each call made once: what is masked for a product and again for its sum is one value.
+
+    What asks weights for their shape, as the making of a mask may, asks the scores.
+    """
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    shaped: dict[fx.Node, fx.Node] = {}  # weights: scores of one shape and type
+    made: dict[str, fx.Node] = {}
+    for node in program.graph.nodes:
+        scores = _scores(node) if is_tensor(node) else None
+        masked = next((a for a in node.all_input_nodes if a in shaped and _passes(node, a)), None)
+        if scores is not None:
+            shaped[node] = scores
+        elif masked is not None and node.meta["val"].dtype == masked.meta["val"].dtype:
+            shaped[node] = shaped[masked]
+        lent = {a: shaped[a] for a in node.all_input_nodes if a in shaped and node not in _readers(a)}
+        new = copied[node] = graph.node_copy(node, lambda a, lent=lent: copied[lent.get(a) or a])
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(
+            node.target, "tags", ()
+        ):
+            continue
+        first = made.setdefault(f"{node.target} {new.args!r} {new.kwargs!r}", new)  # nodes by their names
+        if first is not new:
+            copied[node] = first
+            graph.erase_node(new)
+    return replace(program, module=fx.GraphModule(nn.Module(), graph))
+
+
+def _masks(node: fx.Node) -> list[list[Mask]] | None:
+    """The masks on each way from exponentials to a quotient, none where one is bare; None if nothing is to change."""
     if not is_tensor(node) or _scores(node) is None:
         return None
-    chain = _masked(node)
-    if _cancels(chain[-1]) and (len(chain) > 1 or not _is_softmax(node)):
-        return chain
-    return [node] if _is_whole(node) else None
+    ways = [[node, *_masked(reader)] for reader in _readers(node) if _passes(reader, node)]
+    ways = ways if len(ways) == len(_readers(node)) else [[node]]
+    masks = [[m for pair in pairwise(way) if (m := _mask(pair[1], pair[0])) is not None] for way in ways]
+    behind = needed(list(node.graph.nodes), [mask for chain in masks for mask, _ in chain])
+    if not all(masks) or node in behind:
+        ways, masks = [[node]], []
+    if _cancels([way[-1] for way in ways]) and (masks or not _is_softmax(node)):
+        return masks
+    return [] if _is_whole(node) else None
 
 
 def _masked(node: fx.Node) -> list[fx.Node]:
@@ -88,11 +136,16 @@ def _masked(node: fx.Node) -> list[fx.Node]:
     chain, last = [node], 0
     while len(readers := _readers(chain[-1])) == 1:
         (user,) = readers
-        if operator_name(user.target) not in _COPIES and _mask(user, chain[-1]) is None:
+        if not _passes(user, chain[-1]):
             break
         chain.append(user)
         last = len(chain) - 1 if operator_name(user.target) not in _COPIES else last
     return chain[: last + 1]
+
+
+def _passes(user: fx.Node, weights: fx.Node) -> bool:
+    """Whether a call copies weights or masks them."""
+    return operator_name(user.target) in _COPIES or _mask(user, weights) is not None
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
@@ -157,7 +210,7 @@ def _bare(value: Any) -> Any:
     return value
 
 
-def _mask(node: fx.Node, weights: fx.Node) -> tuple[Any, bool] | None:
+def _mask(node: fx.Node, weights: fx.Node) -> Mask | None:
     """What a node masks weights by, and whether nonzero entries of that are left; None where it does not."""
     name = operator_name(node.target)
     given = given_arguments(node) if getattr(node.target, "_schema", None) is not None else {}
@@ -176,10 +229,10 @@ def _mask(node: fx.Node, weights: fx.Node) -> tuple[Any, bool] | None:
     return None
 
 
-def _cancels(weights: fx.Node) -> bool:
-    """Whether a factor for each query that multiplies the weights shows in no output."""
-    factors = {weights: Factor(1, 2)}
-    for node in weights.graph.nodes:
+def _cancels(weights: list[fx.Node]) -> bool:
+    """Whether a factor for each query that multiplies all these weights shows in no output."""
+    factors = dict.fromkeys(weights, Factor(1, 2))
+    for node in weights[0].graph.nodes:
         reads = {a: factors[a] for a in node.all_input_nodes if a in factors}
         if node in factors or not any(node in _readers(a) for a in reads):
             continue
@@ -230,29 +283,31 @@ def _summed(given: dict[str, Any], factor: Factor, rank: int) -> Factor | None:
 
 
 def _weights(
-    graph: fx.Graph, program: Program, chain: list[fx.Node], copied: dict[fx.Node, fx.Node]
+    graph: fx.Graph, program: Program, node: fx.Node, masks: list[list[Mask]], copied: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    """The masked weights anew: a softmax of the scores that the masks leave, masked."""
+    """The weights anew: a softmax of the scores that the masks leave on any of the ways."""
 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return add_call(graph, chain[-1], program.sequence.meta["val"].fake_mode, target, args, kwargs)
+        return add_call(graph, node, program.sequence.meta["val"].fake_mode, target, args, kwargs)
 
-    source = _scores(chain[0])
-    assert source is not None
-    scores = copied[source]
-    masks = [found for before, node in pairwise(chain) if (found := _mask(node, before)) is not None]
-    plain = [m for m in masks if m[0].meta["val"].dtype == torch.bool]
-    for found, is_kept in plain or masks:  # other factors may be zero, too, and then are so below
-        mask = copied[found]
+    def hidden(mask: fx.Node, is_kept: bool) -> fx.Node:
+        """Where one mask hides a score."""
+        found = copied[mask]
         if found.meta["val"].dtype != torch.bool:
-            mask = call(aten.ne.Scalar, mask, 0)
-        if is_kept:
-            mask = call(aten.logical_not.default, mask)
-        scores = call(aten.masked_fill.Scalar, scores, mask, -math.inf)
-    value = call(aten.softmax.int, scores, -1)
-    for before, node in pairwise(chain):
-        args, kwargs = fx.map_arg(
-            (node.args, node.kwargs), lambda a, b=before, v=value: v if a is b else copied[a]
-        )
-        value = call(node.target, *args, **kwargs)
-    return value
+            return call(aten.eq.Scalar if is_kept else aten.ne.Scalar, found, 0)
+        return call(aten.logical_not.default, found) if is_kept else found
+
+    def joined(operator: Any, values: list[fx.Node]) -> fx.Node:
+        return reduce(lambda a, b: call(operator, a, b), values)
+
+    source = _scores(node)
+    assert source is not None
+    scores, ways = copied[source], []
+    for chain in masks:
+        plain = [m for m in chain if m[0].meta["val"].dtype == torch.bool]
+        # Other factors may be zero, too, and then are so below.
+        ways.append(joined(aten.logical_or.default, [hidden(*m) for m in dict.fromkeys(plain or chain)]))
+    if ways:
+        hides = joined(aten.logical_and.default, list(dict.fromkeys(ways)))
+        scores = call(aten.masked_fill.Scalar, scores, hides, -math.inf)
+    return call(aten.softmax.int, scores, -1)

@@ -12,10 +12,12 @@ from .pieces import with_pieces_apart
 from .program import Program
 from .quotients import with_quotients_masked
 from .softmaxes import with_softmaxes_bare
+from .sums import with_sums_plain
 from .written import with_writes_resolved
 
 _FIRST = (
     with_writes_resolved,
+    with_sums_plain,
     with_heads_apart,
     with_quotients_masked,
     with_softmaxes_bare,

@@ -61,6 +61,7 @@ class Session:
         self._private = False  # outputs are copied: a caller wrote to what was lent
         self._lost = False
         self._unversioned: list[int] = []
+        self._generation = -1  # of the door's weights
         self._weighed = 0
         with _registering:
             _sessions.add(self)
@@ -73,11 +74,18 @@ class Session:
         assert self._prompt is not None
         return self._prompt
 
-    @property
-    def weights_unchanged(self) -> bool:
-        """Whether the decoder's state is of the weights as they are."""
-        known = self.decoder is not None and self.decoder.weights_unchanged
-        return known and self._unversioned == self.door.unversioned()
+    def is_fresh(self, sequence: Tensor) -> bool:
+        """Whether the decoder's state is of the weights as they are.
+
+        A ``sequence`` that brings no new position begins again: then their contents are compared too, which writes
+        that bump no version have changed, such as those of fused optimisers.
+        """
+        decoder = self.decoder
+        if decoder is None or not decoder.weights_unchanged or self._generation != self.door.generation:
+            return False
+        if self._unversioned != self.door.unversioned():
+            return False
+        return sequence.shape[1] > decoder._longest or decoder._weights_same()
 
     @property
     def nbytes(self) -> int:
@@ -100,7 +108,7 @@ class Session:
     def advance(self, sequence: Tensor, match: Match, *, fresh: bool) -> list[Any]:
         """The outputs for ``sequence``, of which ``match.common`` positions are known.
 
-        ``fresh``: whether the state is of the weights as they are, ``weights_unchanged``.
+        ``fresh``: whether the state is of the weights as they are, :meth:`is_fresh`.
         """
         decoder, length = self.decoder, sequence.shape[1]
         if decoder is None or self._lost or not fresh:
@@ -130,7 +138,7 @@ class Session:
         new.lock.acquire()
         assert self.decoder is not None
         new.decoder, new._prompt = self.decoder.fork(), None
-        new._private, new._unversioned = True, self._unversioned
+        new._private, new._unversioned, new._generation = True, self._unversioned, self._generation
         new.outputs = [None if g is None else g.copy() for g in self.outputs]
         new._lost = _some_lost(self.outputs, new.outputs)
         return new
@@ -142,6 +150,7 @@ class Session:
             make_room(self, door.estimate(batch, length))
             self._unversioned = door.unversioned()
             self.decoder, self._prompt = door.new_decoder(batch), None
+            self._generation = door.generation
             self.outputs = door.fresh_outputs(batch, self._private)
             newest = self._extend(sequence)
         outputs = self._read(length, newest)
@@ -306,4 +315,12 @@ def tracing() -> Iterator[None]:
 def quiet_mode() -> Iterator[None]:
     """No gradients, and tensors that keep versions, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def fork_rng(device: torch.device) -> Iterator[None]:
+    """Leave the caller's random numbers alone, also where the graph that is analysed draws some."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
         yield

@@ -148,8 +148,49 @@ class _Baring:
         if not self.by_query:
             return None
         if node not in self.biases:
-            self.biases[node] = self.by_lag(node) if self.is_moving(node) else self.multiple(node)
+            found = self.repeated(node) or self.from_the_end(node)
+            found = found or (self.by_lag(node) if self.is_moving(node) else self.multiple(node))
+            self.biases[node] = found
         return self.biases[node]
+
+    def repeated(self, node: fx.Node) -> fx.Node | None:
+        """A bias that is the same for every row of a batch, head or query."""
+        name, source = (
+            operator_name(node.target) if node.op == "call_function" else "",
+            node.all_input_nodes[:1],
+        )
+        if name not in ("expand", "repeat") or not is_tensor(source[0]) or source[0].meta["val"].dim() < 2:
+            return None
+        by_lag = self.bias(source[0])
+        if by_lag is None:
+            return None
+        given: Any = fx.map_arg(node.args[1], self.copied.__getitem__)
+        again = [*given[:-2], *([-1, -1] if name == "expand" else [1, 1])]  # it has all queries and keys
+        return self.call(node.target, by_lag, again) if sizes(node)[-1] == sizes(source[0])[-1] else None
+
+    def from_the_end(self, node: fx.Node) -> fx.Node | None:
+        """A square cut from the end of a table in which lags alone count, cut from its beginning instead."""
+        program, table, ends = self.program, node, set()
+        while (cut := cut_of(table)) is not None and operator_name(table.target) == "slice":
+            if cut[1] < node.meta["val"].dim() - 2 or cut[3] != sizes(cut[0])[cut[1]]:
+                return None
+            table = cut[0]
+            ends.add(cut[1])
+        if len(ends) < 2 or sizes(node)[-1] != sizes(node)[-2] or sizes(table)[-1] != sizes(table)[-2]:
+            return None
+        behind = _behind(table)
+        if program.sequence in behind or not all(is_number(size) for size in sizes(table)):
+            return None
+        if any(s.kind is Kind.PARAMETER and program.nodes[s.name] in behind for s in program.inputs):
+            return None  # new weights would have to be asked again
+        for rewrite, of in ((widen_call, twin_values(program)), (None, program.values)):
+            value = _table(program, table, program.example.shape[1], of, rewrite)
+            if not bool((value[..., 1:, 1:] == value[..., :-1, :-1]).all()):
+                return None
+        found, length = self.copied[table], self.call(aten.sym_size.int, self.copied[node], -1)
+        for dim in (-2, -1):
+            found = self.call(aten.slice.Tensor, found, dim, 0, length)
+        return found
 
     def multiple(self, node: fx.Node) -> fx.Node | None:
         """A bias by its distance from the newest position, times a number for each head or query: learned, say."""

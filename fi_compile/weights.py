@@ -14,6 +14,8 @@ from .extension import between
 from .program import Kind, Program
 
 _VERSION = attrgetter("_version")
+_WORDS = 64  # of 32 bits that make one of 64 in a checksum
+_ROWS = 1 << 12  # of them at once, in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class _Watched:
 
 
 class WeightWatch:
-    """Strong references to every tensor a program read from its model, with their versions and places in memory.
+    """Strong references to every tensor a program read from its model, with their versions, and where and how they lie.
 
     ``unchanged()`` is cheap enough for every step. Writes that bump no version (through ``.data``, NumPy, fused
     optimisers) are seen only by ``changed()``. ``native``: whether the extension may look, where there is one.
@@ -53,21 +55,21 @@ class WeightWatch:
         known = [tensor for _, _, tensor, version in self._known if version is not None]
         self._versioned = (*known, *flags)
         self._versions = tuple(tensor._version for tensor in self._versioned)
-        self._data = tuple(map(_data, self._versioned))
+        self._layouts = tuple(map(_layout, self._versioned))
         self._structure = self._shape_of_model()
         self._looking: Callable[[], bool] | None = None  # the extension's own, once it is asked
 
     def unchanged(self) -> bool:
         """Whether every watched tensor, and every module on the way to one, is the same object as it was.
 
-        Of tensors, also the version, and where their data lie.
+        Of tensors, also the version, and where and how their data lie.
         """
         looking = self._looking
         if looking is None:
             extension = between() if self._native else None
             if extension is None:
                 return self._looks_unchanged()
-            known = self._versioned, self._versions, self._data
+            known = self._versioned, self._versions, self._layouts
             looking = self._looking = extension.Watch(*self._places, self._objects, *known)
         return looking()
 
@@ -75,7 +77,7 @@ class WeightWatch:
         return (
             all(map(is_, map(dict.get, *self._places), self._objects))
             and tuple(map(_VERSION, self._versioned)) == self._versions
-            and tuple(map(_data, self._versioned)) == self._data
+            and tuple(map(_layout, self._versioned)) == self._layouts
         )
 
     def changed(self) -> list[str]:
@@ -94,8 +96,8 @@ class WeightWatch:
     def restructured(self) -> bool:
         """Whether modules were exchanged, hooked, switched or given other settings, or weights tied: trace again.
 
-        Settings are a module's own numbers, strings, flags and loose tensors, in containers too; what other objects
-        keep is not seen.
+        Settings are a module's own numbers, strings, flags and loose tensors, in containers too, and which other
+        objects it keeps, such as functions; what those keep is not seen.
         """
         return self._shape_of_model() != self._structure
 
@@ -126,10 +128,16 @@ class WeightWatch:
 
 
 def _python_side(module: nn.Module) -> tuple[Any, ...]:
-    """What a module's forward may read besides its parameters: settings, tensors in containers, flags, hooks."""
+    """What a forward may read besides parameters: its mode, settings, tensors in containers, flags, hooks."""
     own = {k: v for k, v in vars(module).items() if k not in _TORCH_OWN}
     flags = tuple((name, b.item()) for name, b in module._buffers.items() if is_flag(b))
-    return _settings(own), flags, tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
+    return (
+        module.training,
+        _settings(own),
+        flags,
+        tuple(module._forward_hooks),
+        tuple(module._forward_pre_hooks),
+    )
 
 
 _TORCH_OWN = frozenset(vars(nn.Module()))
@@ -146,7 +154,7 @@ def _settings(value: Any, depth: int = 3) -> Any:
         return tuple((str(k), _settings(v, depth - 1)) for k, v in value.items())
     if depth and isinstance(value, (list, tuple)):
         return tuple(_settings(v, depth - 1) for v in value)
-    return None
+    return _Same(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,10 +177,10 @@ def is_flag(tensor: Tensor | None) -> TypeGuard[Tensor]:
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
-def _data(tensor: Tensor) -> int:
-    """Where the data of a tensor lie; 0 for those of a subclass, which may have none."""
+def _layout(tensor: Tensor) -> tuple[int, ...]:
+    """Where the data of a tensor lie, and how: its sizes and strides; nothing of a subclass, which may have none."""
     plain = type(tensor) in (Tensor, nn.Parameter) and torch._C._has_storage(tensor)
-    return tensor.data_ptr() if plain else 0
+    return (tensor.data_ptr(), *tensor.shape, *tensor.stride()) if plain else ()
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -220,15 +228,26 @@ def _submodules(program: Program, model: nn.Module) -> Iterable[tuple[dict[str, 
 
 
 def checksum(tensor: Tensor) -> int:
-    """A fingerprint of the contents: a position-weighted sum of the bits."""
+    """A fingerprint of the contents: sums of 32-bit words by random 64-bit weights, and of these sums, to the last.
+
+    Multilinear hashing (Carter and Wegman, JCSS 1979): two contents collide with a probability of about 2**-32 a
+    level, whatever they are; negated and exchanged entries are other contents.
+    """
     data = tensor.detach()
     if data.is_complex():
         data = torch.view_as_real(data)
-    bits = data.contiguous().flatten().view(torch.uint8)
-    whole = bits[: bits.numel() // 8 * 8].view(torch.int64)
-    folded = whole[: whole.numel() // 63 * 63].view(-1, 63)
-    rest = bits[folded.numel() * 8 :].to(torch.int64)
-    rows = (folded * torch.arange(1, 64, dtype=torch.int64, device=data.device)).sum(1)
-    mixed = (rows * (2 * torch.arange(rows.numel(), device=data.device) + 1)).sum()
-    tail = (rest * torch.arange(1, rest.numel() + 1, device=data.device)).sum()
-    return int(mixed * 31 + tail)
+    words = data.contiguous().flatten().view(torch.uint8)
+    words = torch.nn.functional.pad(words, (0, -words.numel() % 4)).view(torch.int32)
+    factors, number = _hash_factors(data.device), tensor.numel()
+    while words.numel() > 2:
+        whole = words[: words.numel() // _WORDS * _WORDS].view(-1, _WORDS)
+        rest = words[whole.numel() :]
+        sums = [(part * factors).sum(1) for part in whole.split(_ROWS)]
+        words = torch.cat([*sums, (rest * factors[: rest.numel()]).sum(0, keepdim=True)]).view(torch.int32)
+    return hash((number, *words.tolist()))
+
+
+def _hash_factors(device: torch.device) -> Tensor:
+    """Fixed random 64-bit numbers, int64 [_WORDS]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**63), 2**63 - 1, (_WORDS,), generator=generator).to(device)

@@ -111,7 +111,7 @@ def fit_modes(kernel: Tensor, tolerance: float, order: int = MOST_ORDER) -> Mode
     if order < 1:
         return None
     norm = kernel.norm(dim=-1)
-    allowed = tolerance * norm.clamp_min(1e-9 * float(norm.max()))
+    allowed = tolerance * norm
     some = torch.linspace(0, channels - 1, min(channels, _SAMPLED)).round().long().unique()
     if bool((_least_error(kernel[some], order) > allowed[some]).any()):
         return None

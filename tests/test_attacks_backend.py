@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,73 @@ def test_weights_made_in_inference_mode_and_written_in_place():
         decode(fast, model, ids, 3)
 
 
+def test_a_fused_optimiser_between_generations_from_one_prompt():
+    """It bumps no version; a call with no new position shows that a sequence begins again."""
+    model = Small()
+    fast, prompt, rest = compiled(model), random_ids(1, 5), random_ids(1, 5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        with torch.inference_mode():
+            for n in range(5):
+                ids = torch.cat([prompt, rest[:, :n]], 1)
+                assert_like(fast(ids), model(ids))
+        optimizer.zero_grad()
+        model(prompt).square().mean().backward()
+        optimizer.step()
+
+
+def test_weights_written_unseen_leave_no_session_that_is_stale():
+    model = Small()
+    fast, ids = compiled(model), random_ids(1, 12)
+    other = torch.cat([ids[:, :8], (ids[:, 8:] + 1) % VOCAB], 1)
+    with torch.inference_mode():
+        for n in range(6, 13):
+            fast(ids[:, :n])
+        for n in range(8, 13):
+            fast(other[:, :n])
+        model.filter.data.neg_()
+        for n in range(6, 13):
+            assert_like(fast(ids[:, :n]), model(ids[:, :n]))
+        for n in range(8, 13):
+            assert_like(fast(other[:, :n]), model(other[:, :n]))
+
+
+def test_a_weight_transposed_where_it_lies():
+    model = Small()
+    model.head = nn.Linear(4, 4).double()
+    fast, ids = compiled(model), random_ids(1, 5)
+    with torch.inference_mode():
+        ids = decode(fast, model, ids, 3)
+        model.head.weight.data = model.head.weight.data.t()
+        decode(fast, model, ids, 3)
+
+
+def test_an_array_of_numpys_that_is_edited():
+    class Scaled(Small):
+        def forward(self, ids: Tensor):
+            return super().forward(ids) * torch.as_tensor(self.gains)
+
+    model = Scaled()
+    model.gains = np.arange(1.0, 1 + VOCAB)
+    fast, ids = compiled(model), random_ids(1, 5)
+    with torch.no_grad():
+        ids = decode(fast, model, ids, 3)
+        model.gains[1] = -5
+        decode(fast, model, ids, 3)
+
+
+def test_another_default_dtype_is_another_graph():
+    model = Small(lambda out, ids: out * (ids / 3).double().unsqueeze(-1))
+    fast, ids = compiled(model), random_ids(1, 5)
+    with torch.inference_mode():
+        ids = decode(fast, model, ids, 3)
+        try:
+            torch.set_default_dtype(torch.float64)
+            decode(fast, model, ids, 3)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def test_rows_written_through_numpy():
     model = Small()
     fast, ids = compiled(model), random_ids(1, 5)
@@ -114,6 +182,20 @@ def test_rows_written_through_numpy():
             found = fast(ids)
             assert_like(found, model(ids))
             found.numpy()[:, 0] = -1e9
+            del found
+            ids = extended(ids)
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_rows_written_through_dlpack(row: int):
+    """They bump no version, and leave no trace on the memory."""
+    model = Small()
+    fast, ids = compiled(model), random_ids(1, 5)
+    with torch.inference_mode():
+        for _ in range(8):
+            found = fast(ids)
+            assert_like(found, model(ids))
+            torch.from_dlpack(found)[:, row] = -1e9
             del found
             ids = extended(ids)
 

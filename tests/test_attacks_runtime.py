@@ -1,14 +1,16 @@
 """Attacks on how a step runs: layers that look alike, outputs in one memory, modes, wide accumulators."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fi_compile
-from decoding import decoded, gap
+from decoding import Net, decoded, gap
 from fi_compile.layers import split_layers
 from fi_compile.lower import CompiledStep
+from fi_compile.weights import checksum
 
 
 class Normed(nn.Module):
@@ -94,6 +96,43 @@ def test_wide_accumulators_stay_wide():
     assert gap(decoded(dec, x, 450), model(x)[:, 449:]) < 1e-6
 
 
+@pytest.mark.parametrize("prompt", [3, 900])
+def test_running_sums_of_what_stays_as_it_is(prompt):
+    """Each step of a sum in float32 would round the same way: a hundred times what the model itself loses."""
+    net, x = (
+        Net(lambda net, x: x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]),
+        torch.full((1, 1800, 2), 0.1),
+    )
+    dec = fi_compile.decoder(net, x[:, :5], max_length=1800, options={"step": "eager"})
+    assert [m.lowering for m in dec.report.mixers] == ["running_sum"]
+    assert gap(decoded(dec, x, prompt), net(x)[:, prompt - 1 :]) < 4e-7
+
+
+@pytest.mark.parametrize(
+    ("name", "former", "new"),
+    [("act", torch.tanh, torch.relu), ("gains", np.array([1.0, 2.0, 3.0]), np.array([3.0, 1.0, 2.0]))],
+    ids=["function", "array"],
+)
+def test_settings_that_are_exchanged(name, former, new):
+    net = Net(lambda net, x: net.act(x * torch.as_tensor(net.gains)).cumsum(1))
+    net.act, net.gains = torch.tanh, np.ones(3)
+    x = torch.randn(1, 9, 3, dtype=torch.float64)
+    setattr(net, name, former)
+    dec = fi_compile.decoder(net, x, max_length=16, options={"step": "eager"})
+    assert gap(dec.prefill(x), net(x)[:, -1]) < 1e-12
+    setattr(net, name, new)
+    assert gap(dec.prefill(x), net(x)[:, -1]) < 1e-12
+
+
+def test_training_mode_is_another_model():
+    net = Net(lambda net, x: (x if net.training else 2 * x).cumsum(1)).eval()
+    x = torch.randn(1, 9, 3, dtype=torch.float64)
+    dec = fi_compile.decoder(net, x, max_length=16, options={"step": "eager"})
+    for training in (False, True, False):
+        net.train(training)
+        assert gap(dec.prefill(x), net(x)[:, -1]) < 1e-12
+
+
 def test_decoders_cross_inference_mode():
     model, ids = Stack(("scale",)).eval(), torch.randint(0, 11, (2, 9))
     with torch.inference_mode():
@@ -119,3 +158,27 @@ def test_another_table_of_another_size():
     dec.reset()
     with pytest.raises(fi_compile.InputError, match="0 … 4"):
         dec.prefill(ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+def test_checksums_see_signs_and_places(dtype):
+    """In float64 a sign is the highest bit of a word, which even weights would shift out."""
+    value = torch.arange(-63 * 6, 63 * 6).to(dtype)
+    seen = [-value, value.flip(0), torch.cat([value, value[:1] * 0]), value[:-1]]
+    for i, j in ((0, 1), (2, 63), (1, 126)):
+        swapped, negated = value.clone(), value.clone()
+        swapped[[i, j]], negated[j] = value[[j, i]], -value[j]
+        seen += [swapped, negated]
+    sums = [checksum(v) for v in seen]
+    assert checksum(value) == checksum(value.clone())
+    assert checksum(value) not in sums
+
+
+def test_weights_negated_behind_autograds_back():
+    net = Stack(("scale", "shift")).double().eval()
+    ids = torch.randint(11, (1, 6))
+    dec = fi_compile.decoder(net, ids, max_length=16, options={"step": "eager"})
+    dec.prefill(ids)
+    net.table.weight.data[1].neg_()
+    ids = torch.full_like(ids, 1)
+    assert gap(dec.prefill(ids), net(ids)[:, -1]) < 1e-12

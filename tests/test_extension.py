@@ -110,7 +110,9 @@ def test_a_table_is_looked_through_again_after_it_changed():
 
 def test_tensors_that_were_swapped_are_seen():
     one, two = torch.zeros(3), torch.zeros(3)
-    watch = extension.between().Watch((), (), (), (one, two), (0, 0), (one.data_ptr(), two.data_ptr()))
+    watch = extension.between().Watch(
+        (), (), (), (one, two), (0, 0), tuple((t.data_ptr(), 3, 1) for t in (one, two))
+    )
     assert watch()
     torch.utils.swap_tensors(one, two)
     assert not watch()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fi_compile
-from decoding import decoded, decoder, features, forks_and_beams, gap, goes_back, lanes, module, rounding
+from decoding import Net, decoded, decoder, features, forks_and_beams, gap, goes_back, lanes, module, rounding
 
 WIDTH = 6
 
@@ -162,6 +162,15 @@ def test_bfloat16():
     sequence = features(2, 60, WIDTH).bfloat16()
     dec = decoder(net, sequence[:, :20], max_length=200)
     assert gap(decoded(dec, sequence, 7), net(sequence)[:, 6:]) < 1e-2
+
+
+@pytest.mark.parametrize("scan", [torch.cumsum, torch.cumprod])
+def test_a_narrower_type_overflows_as_it_enters(scan):
+    net = Net(lambda net, x: scan(x * 1e5, 1, dtype=torch.float16))
+    sequence = torch.full((1, 40, WIDTH), 1e-5, dtype=torch.float64)
+    sequence[:, 10:13] = torch.tensor([[[2.0], [1e-6], [-2.0]]])
+    dec = decoder(net, sequence[:, :9], max_length=40)
+    torch.testing.assert_close(decoded(dec, sequence, 5), net(sequence)[:, 4:], equal_nan=True)
 
 
 def test_nan_stays():

@@ -98,6 +98,24 @@ def test_filters_from_the_data_decode_exactly(mix, lowering):
     assert gap(branch.extend(x[[1, 1, 0], 70:]), expected[[1, 1, 0], 70:]) < 1e-10
 
 
+@pytest.mark.parametrize("small", [0, 1])
+def test_what_is_added_to_a_product_counts_where_the_product_is_small(small):
+    """1e-11 in the spectrum of one factor: nothing beside random numbers, all there is beside 1e-13."""
+
+    def guarded(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+        n = a.shape[-1]
+        spectra = [rfft(a, n=2 * n), rfft(b, n=2 * n)]
+        spectra[small] = spectra[small] + 1e-11
+        return 1e13 * irfft(spectra[0] * spectra[1], n=2 * n)[..., :n]
+
+    model, x = FromData(guarded), features(1, 40, WIDTH)
+    dec = decoder(model, x[:, :9], max_length=40)
+    with torch.no_grad():
+        model.project.weight.unflatten(0, (2, WIDTH))[small].mul_(1e-13)
+        model.project.bias.unflatten(0, (2, WIDTH))[small].mul_(1e-13)
+    assert gap(decoded(dec, x, 5), model(x)[:, 4:]) < 1e-10
+
+
 def test_changed_weights_are_read_anew():
     model, x = FromData(scaled), features(1, LENGTH, WIDTH)
     dec = decoder(model, x[:, :9])

@@ -173,3 +173,34 @@ def test_nothing_that_shows_is_changed(mix, monkeypatch):
 def test_what_shows_is_refused(mix):
     with pytest.raises(fi_compile.Unsupported):
         decoder(made(mix), features(2, 9, WIDTH), max_length=60)
+
+
+def two_windows(scores: Tensor, v: Tensor) -> Tensor:
+    """One exponential under two masks, a quotient each."""
+    e, mask = shifted(scores), ~later(scores.shape[-1])
+    near, all_of_them = e * mask.triu(-3), e * mask
+    return near @ v / near.sum(-1, keepdim=True) + all_of_them / all_of_them.sum(-1, keepdim=True) @ v
+
+
+def masked_in_both(scores: Tensor, v: Tensor) -> Tensor:
+    """Everything written out twice, as in a formula."""
+    mask = ~later(scores.shape[-1])
+    return (shifted(scores) * mask) @ v / (shifted(scores) * mask).sum(-1, keepdim=True)
+
+
+def one_sum_for_both(scores: Tensor, v: Tensor) -> Tensor:
+    """Masked twice, and divided by the sum under one of the masks."""
+    e, mask = shifted(scores), ~later(scores.shape[-1])
+    return (e * mask.triu(-3)) @ v / (e * mask).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "mixes", [(two_windows, one_sum_for_both), (masked_in_both, times_a_mask, masked_in_both)]
+)
+def test_any_number_of_quotients(mixes):
+    layers = [made(mix, norm=True) for mix in mixes]
+    net = nn.Sequential(*layers)
+    x = features(2, 12, WIDTH)
+    dec = decoder(net, x, max_length=32)
+    assert gap(decoded(dec, x, 5), net(x)[:, 4:]) < 1e-10
+    assert {m.kind for m in dec.report.mixers} == {"attention"}

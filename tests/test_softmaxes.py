@@ -36,6 +36,8 @@ class Attention(nn.Module):
         slopes = torch.tensor([0.5, 0.3], dtype=torch.float64)[:, None, None]
         self.register_buffer("table", slopes * torch.arange(-127, 1))
         self.register_buffer("curved", slopes * torch.arange(-127, 1) ** 2 / 50)
+        lag = torch.arange(128)[:, None] - torch.arange(128)
+        self.register_buffer("square", -slopes * lag.abs().double().sqrt())
         self.register_buffer("late", torch.zeros(128, dtype=torch.float64))
         self.sinks = nn.Parameter(torch.randn(HEADS))
         self.slopes = nn.Parameter(torch.tensor([0.5, 0.3], dtype=torch.float64))
@@ -52,6 +54,19 @@ def last_columns(self, scores: Tensor) -> Tensor:
     length = scores.shape[-1]
     biased = scores + self.table[:, :, self.table.shape[-1] - length :]
     return biased.masked_fill(later(length), LOWEST).float().softmax(-1).to(scores.dtype)
+
+
+def last_square(self, scores: Tensor) -> Tensor:
+    """A table of lags, cut at the end of both its axes, again for each row of the batch."""
+    length = scores.shape[-1]
+    bias = self.square[:, -length:, -length:].repeat(scores.shape[0], 1, 1, 1)
+    return (scores + bias).masked_fill(later(length), -math.inf).softmax(-1)
+
+
+def repeated_columns(self, scores: Tensor) -> Tensor:
+    length = scores.shape[-1]
+    bias = self.table[:, :, -length:].expand(scores.shape[0], -1, length, -1)
+    return (scores + bias.repeat(1, 1, 1, 1)).masked_fill(later(length), -math.inf).softmax(-1)
 
 
 def counted_down(self, scores: Tensor) -> Tensor:
@@ -112,6 +127,8 @@ def two_sinks_before(self, scores: Tensor) -> Tensor:
 
 MODELS = [
     last_columns,
+    last_square,
+    repeated_columns,
     counted_down,
     learned_slopes,
     half_slopes,
@@ -130,7 +147,7 @@ def made(weigh) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("weigh", by_speed(MODELS, (learned_slopes, by_hand, sink).__contains__))
+@pytest.mark.parametrize("weigh", by_speed(MODELS, (last_square, learned_slopes, by_hand, sink).__contains__))
 def test_keys_and_values_are_kept(weigh):
     net = made(weigh)
     dec = decoder(net, features(2, 9, WIDTH), max_length=100)
@@ -180,6 +197,25 @@ def test_what_does_change_weights_is_refused(weigh):
     assert gap(net(sequence)[:, :20], net(sequence[:, :20])) > 1e-6
     with pytest.raises(fi_compile.Unsupported):
         decoder(net, features(2, 9, WIDTH), max_length=100)
+
+
+@pytest.mark.slow
+def test_a_square_that_lags_do_not_make_is_refused():
+    """One entry that is only seen by sequences longer than any sample."""
+    net = made(last_square)
+    net.square[:, 20, 10] += 0.5
+    with pytest.raises(fi_compile.Unsupported):
+        decoder(net, features(2, 9, WIDTH), max_length=128)
+
+
+def test_a_square_is_asked_again():
+    net, sequence = made(last_square), features(2, 20, WIDTH)
+    dec = decoder(net, sequence[:, :9], max_length=30)
+    net.square.mul_(2.0)
+    assert gap(decoded(dec, sequence, 5), net(sequence)[:, 4:]) < 1e-12
+    net.square[:, 100, 99] += 1
+    with pytest.raises(fi_compile.Unsupported):
+        dec.prefill(sequence)
 
 
 def late_numbers(self, length: int) -> Tensor:

@@ -143,9 +143,11 @@ def _keeps_its_kind(scan: fx.Node, x: fx.Node, name: str) -> bool:
 
     Sums of floating numbers are filters, constant ones, which :mod:`fi_compile.mixers.convolution` finds.
     """
-    floating = x.meta["val"].is_floating_point()
-    dtype = scan.kwargs.get("dtype")
-    cast = isinstance(dtype, torch.dtype) and dtype.is_floating_point != floating
+    entering = x.meta["val"].dtype
+    floating, dtype = entering.is_floating_point, scan.kwargs.get("dtype")
+    cast = isinstance(dtype, torch.dtype) and (
+        dtype.is_floating_point != floating or (floating and torch.promote_types(entering, dtype) != dtype)
+    )
     return not cast and not (floating and name == "cumsum")
 
 

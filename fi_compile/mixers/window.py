@@ -104,7 +104,10 @@ class ShortConv:
 
 @dataclass(frozen=True)
 class Scan:
-    """Increment of constant filters: the running sums at the newest positions."""
+    """Increment of constant filters: the running sums at the newest positions, in float64.
+
+    A sum in float32 rounds at every position, always the same way where the input stays as it is.
+    """
 
     channels_in: int
     fan_in: int = 1
@@ -118,15 +121,15 @@ class Scan:
         return 1 + min(SLACK, max(7, _WIDEST // self.channels_in))
 
     def weights(self, found: Filter, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The constants [P, 1]."""
-        return {"kernel": found.kernel[:, :1].to(dtype).contiguous()}
+        """The constants [P, 1], float64, whatever ``dtype``."""
+        return {"kernel": found.kernel[:, :1].double().contiguous()}
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
-        """Sums over no positions: zeros [R, B, Cin]."""
+        """Sums over no positions: zeros [R, B, Cin], float64."""
         return weights["kernel"].new_zeros(self.rows, batch, self.channels_in)
 
     def step(self, ring: Tensor, position: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """The newest output [B, Cout] from x [B, Cin]; writes the new sum into the ring."""
+        """The newest output [B, Cout], float64, from x [B, Cin]; writes the new sum into the ring."""
         kernel, source = weights["kernel"], weights.get("source")
         size, x = ring.shape[0], x.to(ring.dtype)
         total = ring.index_select(0, (position - 1) % size)[0] + x
@@ -136,7 +139,7 @@ class Scan:
 
     def fill(self, ring: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Take over the sums of the inputs x [B, Cin, P] of positions 0 … P-1."""
-        write_newest(ring, x.cumsum(-1))
+        write_newest(ring, x.to(ring.dtype).cumsum(-1))
 
     def cost(self, weights: Mapping[str, Tensor]) -> str:
         """Work of one step."""

@@ -118,12 +118,15 @@ DECIDE: dict[str, Callable[[Any, Any], bool | None]] = {
 
 
 def compared(name: str, difference: Affine, sizes: Sequence[Quantity]) -> tuple[Triangle, ...]:
-    """What ``difference <name> 0`` is above the diagonal of every pair of dimensions of one size, or that follow s."""
+    """What ``difference <name> 0`` is above the diagonal of pairs of dimensions.
+
+    Of such of one size, of such that follow s, and of positions beside places in a table or buffer.
+    """
     found = []
     for q in range(len(sizes)):
         for k in range(len(sizes)):
-            alike = not constant(sizes[q]) or (same(sizes[q], sizes[k]) and not same(sizes[q], 1))
-            if q == k or constant(sizes[q]) != constant(sizes[k]) or not alike:
+            alike = not same(sizes[k], 1) if not constant(sizes[q]) else same(sizes[q], sizes[k])
+            if q == k or not alike or same(sizes[q], 1):
                 continue
             above = DECIDE[name](*bounds(difference, sizes, (q, k, "above")))
             if above is not None:

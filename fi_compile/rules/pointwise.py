@@ -353,6 +353,8 @@ def add(c: Call) -> Fact:
     rank = max(len(f.dims) for f in facts)
     length = next((v for v in c.arguments.values() if isinstance(v, fx.Node) and is_integer(v)), None)
     alpha = c.arg("alpha", 1)
+    if isinstance(alpha, fx.Node) or (alpha != 1 and c.name == "rsub"):
+        raise Deny("unproved", "a factor inside of a sum", "write it as a product")
     first = -1 if c.name == "rsub" else 1
     second = (alpha if c.name == "add" else -alpha) * (1 if first == 1 else -1)
     if isinstance(length, fx.Node):

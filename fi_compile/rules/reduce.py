@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import fx
 
 from fi_compile.facts import Deny, Dim, Fact, Triangle, constant, filled, fixed, is_number, least, settle
@@ -304,7 +305,11 @@ def scans(c: Call) -> Result:
     others = [tuple(filled(a) for a in d) for d in fact.dims]
     dims = (*others[:dim], (axis,), *others[dim + 1 :])
     if c.name == "cumsum":
-        c.note_linear([c.arg("self")])
+        entering, kept = c.arg("self").meta["val"].dtype, c.node.meta["val"].dtype
+        if (
+            not kept.is_floating_point or torch.promote_types(entering, kept) == kept
+        ):  # else each entry is rounded
+            c.note_linear([c.arg("self")])
         if is_number(fact.fill) and fact.fill == 0:
             return Fact(dims, fill=0)
     values = c.node.meta["val"]
