@@ -164,10 +164,11 @@ class Growing:
     def _lendable(self, row: int) -> _Buffer | None:
         """A buffer nobody holds that has room: one of ours, or a new one filled from ours."""
         first = self._recent[0][0] if self._recent else self.length
-        self._buffers = [b for b in self._buffers if b.intact and b.filled >= first]
+        self._buffers = [b for b in self._buffers if b.filled >= first]
         for buffer in self._buffers:
-            if buffer.free and self.length * row <= buffer.flat.numel():
+            if buffer.free and self.length * row <= buffer.flat.numel() and buffer.intact:
                 return buffer
+        self._buffers = [b for b in self._buffers if b.intact]
         source = max(self._buffers, key=lambda b: b.filled, default=None)
         if source is None and first > 0:
             return None
