@@ -14,6 +14,7 @@ from .extension import between
 from .program import Kind, Program
 
 _VERSION = attrgetter("_version")
+_TABLES = ("_parameters", "_buffers", "_modules")  # of a module
 _WORDS = 64  # of 32 bits that make one of 64 in a checksum
 _ROWS = 1 << 12  # of them at once, in a processor's cache
 
@@ -43,12 +44,10 @@ class WeightWatch:
     def remember(self) -> None:
         """Take the present tensors and versions as the known ones."""
         self.watched = self._found()
-        modules = [] if self.model is None else list(_submodules(self.program, self.model))
         self._known = [(w.owner, w.key, t := w.owner[w.key], _version(t)) for w in self.watched]
         self._sums = [checksum(tensor) for _, _, tensor, _ in self._known]
         aliases = [] if self.model is None else list(_other_names(self.model, self.watched))
-        held = [*modules, *aliases, *((owner, key, tensor) for owner, key, tensor, _ in self._known)]
-        held = [] if self._sealed else held
+        held = [] if self._sealed else [*self._modules(), *aliases, *(known[:3] for known in self._known)]
         self._places = tuple(owner for owner, _, _ in held), tuple(key for _, key, _ in held)
         self._objects = tuple(value for _, _, value in held)
         flags = [tensor for _, _, tensor in aliases if is_flag(tensor) and not tensor.is_inference()]
@@ -122,6 +121,14 @@ class WeightWatch:
     def current(self) -> dict[str, Tensor]:
         """The model's present tensors by program input."""
         return {w.name: w.owner[w.key] for w in self._found()}
+
+    def _modules(self) -> Iterable[tuple[dict[str, Any], str, Any]]:
+        """Every module on the way to a watched tensor, and the tables of each, with what holds them."""
+        if self.model is not None:
+            below = list(_submodules(self.program, self.model))
+            yield from below
+            for module in (self.model, *(module for _, _, module in below)):
+                yield from ((vars(module), table, vars(module).get(table)) for table in _TABLES)
 
     def _found(self) -> list[_Watched]:
         return [] if self.model is None else list(_find(self.program, self.model))
