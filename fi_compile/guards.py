@@ -44,15 +44,24 @@ def admitted_lengths(
 
 
 def from_whole_sizes(lengths: Lengths, nodes: Iterable[fx.Node], length: sympy.Symbol, batch: Any) -> Lengths:
-    """Begun where no size is negative: ``x[:, :-4]`` of 3 positions is empty, whatever a trace without guards says."""
-    some = np.arange(lengths.minimum, lengths.minimum + _IRREGULAR)
+    """Between where no size is negative: ``x[:, :-4]`` of 3 positions is empty, whatever a trace without guards says.
+
+    And ``zeros(64 - s)`` has no more than 64.
+    """
+    some = lengths.upto(lengths.minimum + _IRREGULAR)
     exprs = {s for n in nodes if is_tensor(n) for s in sizes(n) if length in getattr(s, "free_symbols", ())}
-    shortest = lengths.minimum
+    whole = np.ones(some.shape, dtype=bool)
     for expr in exprs:
-        negative = evaluate_at(expr, {length: some, batch: 3}, some.shape) < 0
-        if negative.any():
-            shortest = max(shortest, int(some[negative][-1]) + 1)
-    return lengths if shortest == lengths.minimum else replace(lengths, minimum=shortest)
+        whole &= evaluate_at(expr, {length: some, batch: 3}, some.shape) >= 0
+    if whole.all():
+        return lengths
+    if not whole.any():
+        return replace(lengths, minimum=int(some[-1]) + 1)
+    last = int(some[whole][-1])
+    maximum = lengths.maximum if whole[-1] else last
+    before = some[~whole & (some < last)]
+    minimum = int(before[-1]) + 1 if before.size else lengths.minimum
+    return replace(lengths, minimum=minimum, maximum=maximum)
 
 
 def _admitted_upto(

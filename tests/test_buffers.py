@@ -46,6 +46,10 @@ def padded(buffer: Tensor, rows: Tensor) -> Tensor:
     return F.pad(rows, (0, 0, 0, MOST - rows.shape[1]))
 
 
+def joined(buffer: Tensor, rows: Tensor) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(rows.shape[0], MOST - rows.shape[1], WIDTH)], 1)
+
+
 def softmax(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor) -> Tensor:
     return (q @ k.mT).masked_fill(unseen, -math.inf).softmax(-1) @ v
 
@@ -58,15 +62,28 @@ def linear(q: Tensor, k: Tensor, v: Tensor, unseen: Tensor) -> Tensor:
     return ((q @ k.mT) * ~unseen) @ v
 
 
-PAIRS = [(written, softmax), (padded, fused), (padded, linear), (written, fused), (written, linear)]
+PAIRS = [
+    (written, softmax),
+    (padded, fused),
+    (padded, linear),
+    (written, fused),
+    (written, linear),
+    (joined, softmax),
+]
 
 
 @pytest.mark.parametrize("pair", by_speed(PAIRS, PAIRS[:3].__contains__))
 def test_attention_over_a_buffer(pair):
     net, x = Buffered(*pair).double(), features(2, 40, WIDTH)
-    dec = decoder(net, x[:, :9], max_length=MOST)
+    dec = decoder(net, x[:, :9], max_length=MOST - 2)
     for prompt in (1, 7):
         assert gap(decoded(dec, x, prompt), net(x)[:, prompt - 1 :]) < 1e-12
+
+
+def test_zeros_that_fill_a_buffer_up_end_the_sequences():
+    lengths = trace_module(Buffered(joined, softmax).double(), features(2, 9, WIDTH)).lengths
+    assert lengths.minimum <= 2
+    assert MOST - 2 <= (lengths.maximum or 0) <= MOST
 
 
 @pytest.mark.parametrize("attend", [softmax, fused, linear])
