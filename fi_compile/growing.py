@@ -43,10 +43,11 @@ class _Buffer:
         self._version = self.flat._version
         last = max(self.filled - 1, 0)
         self._between = (self._between + _STRIDE) % (last + 1)
-        self._kept = [(at, self._row_at(at).clone()) for at in sorted({0, self._between, last})]
+        self._places = torch.tensor([0, self._between, last], device=self.flat.device)
+        self._seen = self._looked_at()
 
-    def _row_at(self, place: int) -> Tensor:
-        return self.flat[place * self.row : (place + 1) * self.row]
+    def _looked_at(self) -> Tensor:
+        return self.flat.view(-1, self.row).index_select(0, self._places)
 
     @property
     def free(self) -> bool:
@@ -58,9 +59,7 @@ class _Buffer:
         """Whether nobody wrote to the memory since it was lent, or freed it, or showed it to NumPy."""
         if not self._storage.resizable() or self._storage.nbytes() < self.flat.nbytes:
             return False
-        return self.flat._version == self._version and all(
-            same_bits(self._row_at(at), kept) for at, kept in self._kept
-        )
+        return self.flat._version == self._version and same_bits(self._looked_at(), self._seen)
 
     def window(self, shape: Sequence[int], strides: Sequence[int], start: int = 0) -> Tensor:
         return self.flat.as_strided(shape, strides, start * self.row)

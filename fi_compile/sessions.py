@@ -311,11 +311,16 @@ def tracing() -> Iterator[None]:
             setting.default, fx_traceback.annotate = former, annotate
 
 
-@contextlib.contextmanager
-def quiet_mode() -> Iterator[None]:
+class quiet_mode:  # as torch names them
     """No gradients, and tensors that keep versions, whatever mode the caller is in."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+
+    def __enter__(self) -> None:
+        self._guard = torch._C._InferenceMode(False)
+        self._guard.__enter__()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        self._guard.__exit__(*error)  # both modes as they were
 
 
 @contextlib.contextmanager
