@@ -64,9 +64,10 @@ def with_quotients_masked(program: Program) -> Program:
         return program
     shared = _repeats_shared(program)
     found = {n: masks for n in shared.graph.nodes if (masks := _masks(n)) is not None}
-    if not found:
-        return program
     nodes, graph = list(shared.graph.nodes), fx.Graph()
+    behind = {n: _behind(nodes, found[n]) & found.keys() for n in found}
+    if not found or any(n in _reached(n, behind) for n in found):  # masked by each other
+        return program
     copied: dict[fx.Node, fx.Node] = {}
 
     def copy(node: fx.Node) -> None:
@@ -123,12 +124,28 @@ def _masks(node: fx.Node) -> list[list[Mask]] | None:
     ways = [[node, *_masked(reader)] for reader in _readers(node) if _passes(reader, node)]
     ways = ways if len(ways) == len(_readers(node)) else [[node]]
     masks = [[m for pair in pairwise(way) if (m := _mask(pair[1], pair[0])) is not None] for way in ways]
-    behind = needed(list(node.graph.nodes), [mask for chain in masks for mask, _ in chain])
-    if not all(masks) or node in behind:
+    if not all(masks) or node in _behind(list(node.graph.nodes), masks):
         ways, masks = [[node]], []
+    # Where truth values hide a score, other factors of it may be zero, too, and then are so below.
+    masks = [[m for m in chain if m[0].meta["val"].dtype == torch.bool] or chain for chain in masks]
     if _cancels([way[-1] for way in ways]) and (masks or not _is_softmax(node)):
         return masks
     return [] if _is_whole(node) else None
+
+
+def _behind(nodes: list[fx.Node], masks: list[list[Mask]]) -> set[fx.Node]:
+    """What masks are made of."""
+    return set(needed(nodes, [mask for chain in masks for mask, _ in chain]))
+
+
+def _reached(node: fx.Node, behind: dict[fx.Node, set[fx.Node]]) -> set[fx.Node]:
+    """The weights that the masks of these weights are made of, and theirs."""
+    found, left = set(), [node]
+    while left:
+        new = behind[left.pop()] - found
+        found |= new
+        left += new
+    return found
 
 
 def _masked(node: fx.Node) -> list[fx.Node]:
@@ -165,6 +182,8 @@ def _scores(node: fx.Node) -> fx.Node | None:
     scores, largest = difference.args[:2]
     if not is_tensor(scores) or given_arguments(difference).get("alpha", 1) != 1:
         return None
+    if scores.meta["val"].dtype != node.meta["val"].dtype:
+        return None  # worked out in a wider type than the scores', as a softmax of them would not be
     return scores if _taken_of(largest, *_LARGEST) is _bare(scores) or _is_whole(node) else None
 
 
@@ -304,9 +323,7 @@ def _weights(
     assert source is not None
     scores, ways = copied[source], []
     for chain in masks:
-        plain = [m for m in chain if m[0].meta["val"].dtype == torch.bool]
-        # Other factors may be zero, too, and then are so below.
-        ways.append(joined(aten.logical_or.default, [hidden(*m) for m in dict.fromkeys(plain or chain)]))
+        ways.append(joined(aten.logical_or.default, [hidden(*m) for m in dict.fromkeys(chain)]))
     if ways:
         hides = joined(aten.logical_and.default, list(dict.fromkeys(ways)))
         scores = call(aten.masked_fill.Scalar, scores, hides, -math.inf)

@@ -79,7 +79,13 @@ def squared(scores: Tensor, v: Tensor) -> Tensor:
     return e * e / (e * e).sum(-1, keepdim=True) @ v
 
 
-MIXES = [times_a_mask, cut_off, divided_last, normalised_twice, decayed, squared]
+def by_each_other(scores: Tensor, v: Tensor) -> Tensor:
+    """Each of two is a mask on the other."""
+    e = shifted(scores).tril() * shifted(2 * scores).tril()
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+MIXES = [times_a_mask, cut_off, divided_last, normalised_twice, decayed, squared, by_each_other]
 
 
 @pytest.mark.parametrize("mix", by_speed(MIXES, (divided_last,).__contains__))
@@ -165,6 +171,16 @@ def test_nothing_that_shows_is_changed(mix, monkeypatch):
     net, sequence = made(mix), features(2, 40, WIDTH)
     assert gap(net(sequence)[:, :20], net(sequence[:, :20])) > 1e-6
     program = trace_module(net, features(2, 9, WIDTH))
+    assert gap(with_quotients_masked(program).run(sequence), net(sequence)) < 1e-12
+
+
+def test_weights_of_a_wider_type_stay_so():
+    def mix(scores: Tensor, v: Tensor) -> Tensor:
+        e = (scores - scores.amax(-1, keepdim=True).double()).exp().tril()
+        return e / e.sum(-1, keepdim=True) @ v.double()
+
+    net, sequence = made(mix).float(), features(2, 9, WIDTH).float()
+    program = trace_module(net, sequence)
     assert gap(with_quotients_masked(program).run(sequence), net(sequence)) < 1e-12
 
 

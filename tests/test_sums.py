@@ -96,3 +96,18 @@ def test_masks_with_a_factor(sign):
             decoder(net, u, max_length=40)
     else:
         assert gap(decoded(decoder(net, u, max_length=40), u, 7), net(u)[:, 6:]) < 1e-12
+
+
+def test_products_too_large_for_half_precision():
+    """What the factor brings back into reach is scaled before it is rounded."""
+
+    def attention(x: Tensor, z: Tensor, n: int) -> Tensor:
+        x, z = 400 * x.tanh(), 400 * z.tanh()
+        scores = torch.baddbmm(-later(n).half().nan_to_num(0).expand(1, n, n), x, z.mT, alpha=1e-4)
+        return scores.softmax(-1) @ z
+
+    net, u = Sum(attention).half(), features(2, 9, WIDTH).half()
+    products = (400 * net.x(u).tanh()).float() @ (400 * net.z(u).tanh()).float().mT
+    assert products.abs().max() > torch.finfo(torch.float16).max
+    made = with_sums_plain(trace_module(net, u)).run(u)
+    assert gap(made.double(), net(u).double()) < 1e-2
