@@ -141,6 +141,8 @@ class Convolution:
         """What the reference takes beside tensors."""
         options: dict[str, Any] = {"layout_in": self.layout_in, "layout_out": self.layout_out}
         options |= {} if self.fan_in == 1 else {"fan_in": self.fan_in}
+        given, made = (n.meta["val"].dtype for n in (self.x, self.unit.exit))
+        options |= {} if given.to_real() == made.to_real() else {"dtype": made}
         return options if self.at is None else {**options, "at": self.at}
 
     def derive(self, values: Mapping[str, Tensor], length: int) -> Filter:

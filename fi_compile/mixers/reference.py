@@ -3,7 +3,7 @@
 All take ``x``, layout_in of [B, Cin, n]; ``kernel`` [P, …], the filters of pairs of an output and an input channel,
 ``fan_in`` of them for each output channel in turn; ``source`` int64 [P], the input channel of each pair, None where it
 is the pair's own number; ``offset`` [Cout, ≥ n] or [Cout, 1]. They return layout_out of [B, Cout, n] in the precision
-of ``x``; sums are made in the kernel's dtype.
+of ``dtype``, of ``x`` where that is None; sums are made in the kernel's dtype.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ def long_conv(
     layout_in: Layout,
     layout_out: Layout,
     fan_in: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A causal convolution with long filters [P, ≥ n or the filters' whole support], by FFT."""
     out = convolve(layout_in.flatten(x).to(kernel.dtype), kernel, source, fan_in)
-    return layout_out.as_value(_shifted(out, offset), x.dtype)
+    return layout_out.as_value(_shifted(out, offset), dtype or x.dtype)
 
 
 def convolve(x: Tensor, kernel: Tensor, source: Tensor | None, fan_in: int) -> Tensor:
@@ -68,12 +69,13 @@ def short_conv(
     layout_out: Layout,
     fan_in: int = 1,
     at: tuple[int, ...] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The same with filters of few lags [P, M], by direct sums; ``at`` says which, where they are not 0 … M-1."""
     flat = layout_in.flatten(x).to(kernel.dtype)
     if at is not None:
         out = _sparse(flat, kernel, source, fan_in, at)
-        return layout_out.as_value(_shifted(out, offset), x.dtype)
+        return layout_out.as_value(_shifted(out, offset), dtype or x.dtype)
     padded = torch.nn.functional.pad(flat, (kernel.shape[1] - 1, 0))
     weight = kernel.flip(-1)
     if is_dense(fan_in, flat.shape[1]):
@@ -81,7 +83,7 @@ def short_conv(
     else:
         rows = padded if source is None else padded[:, source]
         out = sum_pairs(torch.nn.functional.conv1d(rows, weight.unsqueeze(1), groups=len(weight)), fan_in)
-    return layout_out.as_value(_shifted(out, offset), x.dtype)
+    return layout_out.as_value(_shifted(out, offset), dtype or x.dtype)
 
 
 def _sparse(x: Tensor, kernel: Tensor, source: Tensor | None, fan_in: int, at: tuple[int, ...]) -> Tensor:
@@ -106,12 +108,13 @@ def scan(
     layout_in: Layout,
     layout_out: Layout,
     fan_in: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The same with constant filters [P, ≥ 1]: running sums."""
     flat = layout_in.flatten(x).to(kernel.dtype).cumsum(-1)
     if source is not None:
         flat = flat[:, source]
-    return layout_out.as_value(_shifted(sum_pairs(flat * kernel[:, :1], fan_in), offset), x.dtype)
+    return layout_out.as_value(_shifted(sum_pairs(flat * kernel[:, :1], fan_in), offset), dtype or x.dtype)
 
 
 def sum_pairs(value: Tensor, fan_in: int) -> Tensor:
