@@ -52,7 +52,7 @@ class _Plain:
 
     def __init__(self, graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, fx.Node], mode: Any) -> None:
         self.graph, self.node, self.mode = graph, node, mode
-        self.dtype = node.meta["val"].dtype
+        self.dtype: torch.dtype = node.meta["val"].dtype
         self.given: dict[str, Any] = fx.map_arg(given_arguments(node), copied.__getitem__)  # type: ignore[assignment]
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -164,3 +164,26 @@ def test_traps_are_refused_with_a_reason(name):
     assert first.hint
     assert first.kind in ("trace", "static_length") or (first.nodes and first.source)
     assert first.reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.bool, torch.float64),
+        (torch.int64, torch.float64),
+    ],
+)
+def test_sums_in_a_type_of_their_own(given, kept):
+    """A prompt's, too."""
+
+    class Sums(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * 3).to(given).cumsum(1, dtype=kept)
+
+    net, x = Sums(), features(2, 20, 4)
+    dec = decoder(net, x[:, :9], max_length=30)
+    found = [dec.prefill(x[:, :12]), dec.step(x[:, 12]), *dec.extend(x[:, 13:]).unbind(1)]
+    assert {row.dtype for row in found} == {kept}
+    assert gap(torch.stack(found, 1), net(x)[:, 11:]) < (1e-6 if kept == torch.float32 else 1e-12)
