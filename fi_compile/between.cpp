@@ -48,10 +48,15 @@ PyObject* guarded(F&& body) noexcept {
   return nullptr;
 }
 
+// A tensor or a parameter, and no subclass.
+bool is_tensor(PyObject* object) {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == THPVariableClass || type == ParameterClass;
+}
+
 // An ordinary tensor in this machine's memory: no subclass, no wrapper, nothing lazy.
 bool is_plain(PyObject* object) {
-  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  if (type != THPVariableClass && type != ParameterClass) return false;
+  if (!is_tensor(object)) return false;
   const auto& tensor = reinterpret_cast<THPVariable*>(object)->cdata;
   return tensor.defined() && tensor.has_storage() && tensor.device().is_cpu() && !tensor.is_conj() &&
       !tensor.is_neg();
@@ -288,8 +293,7 @@ void fetch(PyObject* const* objects, size_t count) {
   std::vector<at::TensorImpl*> tensors;
   for (size_t i = 0; i < count; ++i) fetch(objects[i]);
   for (size_t i = 0; i < count; ++i) {
-    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(objects[i]));
-    if (type != THPVariableClass && type != ParameterClass) continue;
+    if (!is_tensor(objects[i])) continue;
     tensors.push_back(reinterpret_cast<THPVariable*>(objects[i])->cdata.unsafeGetTensorImpl());
     fetch(tensors.back(), sizeof(at::TensorImpl));
   }
@@ -335,8 +339,7 @@ bool lies_so(const at::TensorBase& tensor, const std::vector<int64_t>& layout) {
 
 // Whether a tensor has the version that it had, and lies where and as it lay; of a subclass, the version alone.
 bool same(const Known& known) {
-  const auto type = reinterpret_cast<PyObject*>(Py_TYPE(known.tensor));
-  if (type == THPVariableClass || type == ParameterClass) {
+  if (is_tensor(known.tensor)) {
     const auto& tensor = reinterpret_cast<THPVariable*>(known.tensor)->cdata;
     const auto version = tensor.unsafeGetTensorImpl()->version_counter().current_version();
     if (static_cast<int64_t>(version) != known.version) return false;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from operator import attrgetter, is_
 from typing import Any, TypeGuard
 
@@ -254,7 +255,9 @@ def checksum(tensor: Tensor) -> int:
     return hash((number, *words.tolist()))
 
 
+@cache
 def _hash_factors(device: torch.device) -> Tensor:
     """Fixed random 64-bit numbers, int64 [_WORDS]."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(-(2**63), 2**63 - 1, (_WORDS,), generator=generator).to(device)
+    with torch.inference_mode(False):
+        return torch.randint(-(2**63), 2**63 - 1, (_WORDS,), generator=generator).to(device)
