@@ -24,21 +24,10 @@ from .step import StepProgram
 
 log = logging.getLogger(__name__)
 
-# Above this many rows a product with a weight is a matrix product, which pointers.py has a kernel for; one row is fused
-# with what follows.
-_MOST_ROWS_BY_SUM = 1
 # A part of fewer operators is as fast interpreted, and costs no compilation. Native ones are called without Python.
 _FEWEST_NODES = {"aot": 1, "inductor": 3}
 
 _STATE = ("history:", "ring:", "block_inputs", "block_pending")
-
-
-def _small_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    rows = x.numel() // x.shape[-1]
-    if rows > _MOST_ROWS_BY_SUM or x.dtype in (torch.bfloat16, torch.float16):
-        return NotImplemented
-    out = (weight * x.unsqueeze(-2)).sum(-1)
-    return out if bias is None else out + bias
 
 
 class CompiledStep:
@@ -85,12 +74,7 @@ class CompiledStep:
         axes = step.output_axes
 
         with torch.no_grad():
-            module = make_fx(
-                flat,
-                tracing_mode="fake",
-                decomposition_table={torch.ops.aten.linear.default: _small_linear},
-                pre_dispatch=True,
-            )(*example)
+            module = make_fx(flat, tracing_mode="fake", pre_dispatch=True)(*example)
         graph = module.graph
         for node in graph.nodes:
             if node.op == "call_function" and returns_written(node):

@@ -265,7 +265,7 @@ class _Wrapper(CppWrapperCpu):
 
 
 def _skinny(name: str, node: Any) -> str | None:
-    """The call of ``skinny_gemm`` for x · weightᵀ (+ bias) where x has few rows; None for every other product."""
+    """The product x · weightᵀ (+ bias) where x has one row, or few; None for every other product."""
     *bias, x, weight = node.inputs
     kind = _KINDS.get(node.get_dtype())
     if (
@@ -292,6 +292,9 @@ def _skinny(name: str, node: Any) -> str | None:
         return f"({kind}*)({value.codegen_reference()})"
 
     added = at(bias[0]) if bias else "nullptr"
+    if m == 1:
+        sizes = f"{n}, {torch.get_num_threads()}"
+        return f"gemv<{kind}, {k}>({at(x)}, {at(weight)}, {weight_row}, {added}, {at(node)}, {sizes});"
     sizes = f"{out_row}, {n}, {k}, {torch.get_num_threads()}"
     return (
         f"skinny_gemm<{kind}, {m}>("

@@ -5,6 +5,7 @@
 // rows of the weight, where both lie as they are.
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kAccumulators = 24;  // of 32 registers
@@ -12,7 +13,32 @@ constexpr int kVectorBytes = 64, kAccumulators = 24;  // of 32 registers
 constexpr int kVectorBytes = 32, kAccumulators = 10;  // of 16
 #endif
 constexpr int64_t kMostAtOnce = 8;             // rows of x
-constexpr int64_t kWorthAThread = int64_t(1) << 17;  // multiplications
+constexpr int64_t kWorthAThread = int64_t(1) << 17;      // multiplications
+constexpr int64_t kReadWorthAThread = int64_t(1) << 14;  // entries of a weight that one row meets
+
+// Two vectors folded to halves of one: lanes with the bit `half` are sums within b, the others within a.
+template <int half, typename Vector, size_t... I>
+inline __attribute__((always_inline)) Vector fold(Vector a, Vector b, std::index_sequence<I...>) {
+  constexpr size_t lanes = sizeof...(I);
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, (I & half ? I + lanes : I)...) +
+         __builtin_shufflevector(a, b, (I & half ? (I ^ half) + lanes : I ^ half)...);
+#else
+  Vector folded;
+  ((folded[I] = I & half ? b[I] + b[I ^ half] : a[I] + a[I ^ half]), ...);
+  return folded;
+#endif
+}
+
+// The sums of the lanes of as many vectors as each has lanes, in v[0].
+template <int half, typename Vector, size_t lanes>
+inline __attribute__((always_inline)) void sum_lanes(Vector (&v)[lanes]) {
+  if constexpr (half > 0) {
+#pragma GCC unroll 32
+    for (int r = 0; r < half; ++r) v[r] = fold<half>(v[r], v[r + half], std::make_index_sequence<lanes>());
+    sum_lanes<half / 2>(v);
+  }
+}
 
 template <typename T, int M, int R>
 inline __attribute__((always_inline)) void skinny_tile(
@@ -55,6 +81,48 @@ inline void skinny_rows(const T* x, int64_t x_row, const T* weight, int64_t weig
   skinny_tile<T, M, R>(x, x_row, weight, weight_row, k, sums);
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < R; ++r) out[m * out_row + r] = bias ? sums[r][m] + bias[r] : sums[r][m];
+}
+
+// One row of x of K entries: as many rows of the weight as a vector has lanes, one after another, for a single stream
+// from memory is what the processor foresees best; then all their sums at once.
+template <typename T, int64_t K>
+inline void gemv_rows(const T* x, const T* weight, int64_t weight_row, const T* bias, T* out) {
+  typedef T Vector __attribute__((vector_size(kVectorBytes)));
+  constexpr int lanes = kVectorBytes / sizeof(T);
+  const auto at = [](const T* p) {
+    Vector v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  };
+  Vector sums[lanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < lanes; ++r, weight += weight_row) {
+    Vector even = {}, odd = {};
+    int64_t i = 0;
+    for (; i + 2 * lanes <= K; i += 2 * lanes) {
+      even += at(weight + i) * at(x + i);
+      odd += at(weight + i + lanes) * at(x + i + lanes);
+    }
+    for (; i + lanes <= K; i += lanes) even += at(weight + i) * at(x + i);
+    for (; i < K; ++i) odd[0] += weight[i] * x[i];
+    sums[r] = even + odd;
+  }
+  sum_lanes<lanes / 2>(sums);
+  if (bias) sums[0] += at(bias);
+  std::memcpy(out, sums, sizeof(Vector));
+}
+
+template <typename T, int64_t K>
+void gemv(const T* x, const T* weight, int64_t weight_row, const T* bias, T* out, int64_t n, int threads) {
+  constexpr int64_t lanes = kVectorBytes / sizeof(T);
+  const int64_t whole = n / lanes;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && n * K >= kReadWorthAThread)
+  for (int64_t tile = 0; tile < whole; ++tile) {
+    const int64_t j = tile * lanes;
+    gemv_rows<T, K>(x, weight + j * weight_row, weight_row, bias ? bias + j : nullptr, out + j);
+  }
+  for (int64_t j = whole * lanes; j < n; ++j)
+    skinny_rows<T, 1, 1>(x, 0, weight + j * weight_row, weight_row, bias ? bias + j : nullptr, out + j, 0, K);
 }
 
 // M rows of x, at most kMostAtOnce; every tensor's last axis is contiguous, *_row is the distance of its rows.

@@ -71,8 +71,11 @@ def test_it_computes_what_the_graph_does(dtype):
         theirs[3].copy_(ours[3])
 
 
-# rows, outputs and terms of products: about the rows taken at once, a vector, the rows of a tile; one for two threads
+# rows, outputs, terms of products: about the rows taken at once, a vector, the rows of a tile; one of each for two threads
 SKINNY = (
+    (1, 40, 87),
+    (1, 7, 33),
+    (1, 150, 130),
     (4, 9, 16),
     (2, 1, 15),
     (3, 8, 2),
@@ -96,9 +99,9 @@ def test_products_of_few_rows(dtype, threads):
         triples = zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True)
         sums = [torch.addmm(b, x, w.t()) for b, x, w in triples]
         x, weight = tensors[-2:]
-        of_parts = torch.mm(x[:, 3:90], weight[5:, 7:94].t())  # rows further apart than they are long
-        plain = torch.mm(x, weight.t())
-        return [*sums, of_parts, plain]
+        # rows further apart than they are long
+        of_parts = [torch.mm(some[:, 3:90], weight[5:, 7:94].t()) for some in (x, x[:1])]
+        return [*sums, *of_parts, torch.mm(x, weight.t())]
 
     example = [t for m, n, k in SKINNY for t in (random(n), random(m, k), random(n, k))]
     example[-2][0, 0] = torch.inf
@@ -111,7 +114,9 @@ def test_products_of_few_rows(dtype, threads):
     finally:
         torch.set_num_threads(before)
     *_, called = source.split(f" {native.ENTRY}(")
-    assert called.count("skinny_gemm<") == len(SKINNY) + 2
+    of_one_row = 1 + sum(m == 1 for m, _, _ in SKINNY)
+    assert called.count("gemv<") == of_one_row
+    assert called.count("skinny_gemm<") == len(SKINNY) + 3 - of_one_row
     for found, expected in zip(run(example), part(*(t.double() for t in example)), strict=True):
         torch.testing.assert_close(found, expected.to(dtype), rtol=1e-5, atol=1e-4)
 
