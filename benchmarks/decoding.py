@@ -17,13 +17,16 @@ from fi_compile.mixers.stack import ConvState
 from .measure import once, timed
 from .results import Section
 
+BESIDE = 64  # times in a generation that something else is timed
+
 
 @dataclass(frozen=True)
 class Steps:
-    """Seconds of each step, and the logits [B, L, V] it returned."""
+    """Seconds of each step, the logits [B, L, V] it returned, and seconds of what was timed between some of them."""
 
     seconds: np.ndarray
     logits: Tensor
+    beside: tuple[float, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -45,16 +48,18 @@ class Steps:
         return ends.astype(float).tolist(), means
 
 
-def decode(step: Callable[[Tensor], Tensor], ids: Tensor) -> Steps:
-    """Step through ids [B, L]."""
-    seconds, rows = np.empty(ids.shape[1]), []
-    clock = time.perf_counter
+def decode(step: Callable[[Tensor], Tensor], ids: Tensor, beside: Callable[[], float] | None = None) -> Steps:
+    """Step through ids [B, L]; in between, time something that a slow spell of the machine shall meet as well."""
+    seconds, rows, others = np.empty(ids.shape[1]), [], []
+    clock, every = time.perf_counter, max(1, ids.shape[1] // BESIDE)
     for t, token in enumerate(ids.T.contiguous()):
         start = clock()
         row = step(token)
         seconds[t] = clock() - start
         rows.append(row)
-    return Steps(seconds, torch.stack(rows, 1))
+        if beside is not None and t % every == every // 2:
+            others.append(beside())
+    return Steps(seconds, torch.stack(rows, 1), tuple(others))
 
 
 def compiled_alone(decoder: fi_compile.Decoder) -> float:
@@ -95,15 +100,16 @@ def where_time_goes(section: Section, name: str, of: str, steps: Steps, decoder:
     )
 
 
-def read_seconds(nbytes: int) -> float:
-    """Seconds to read so many bytes once, as a step reads its weights: the best of two ways to sum them.
+def reading(nbytes: int) -> Callable[[], float]:
+    """What times one read of so many bytes, as a step reads its weights: by the best of two ways to sum them.
 
     As in a generation they are read again and again, so that they may stay in a cache that is large enough.
     """
     values = torch.ones(-(-nbytes // 4))
     rows = values[: values.numel() // 1024 * 1024].view(-1, 1024)
     ways = (lambda: values.sum(), lambda: torch.mv(rows, rows[0]))
-    return min(timed(way, 20).median for way in ways)
+    best = min(ways, key=lambda way: timed(way, 20).median)
+    return lambda: seconds_at(best)
 
 
 def seconds_at(step: Callable[[], object], repeats: int = 5) -> float:

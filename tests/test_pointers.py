@@ -71,7 +71,7 @@ def test_it_computes_what_the_graph_does(dtype):
         theirs[3].copy_(ours[3])
 
 
-# rows, outputs, terms of products: about the rows taken at once, a vector, the rows of a tile; one of each for two threads
+# rows, outputs, terms of products: about the rows taken at once, a vector, rows of a tile; one of each for two threads
 SKINNY = (
     (1, 40, 87),
     (1, 7, 33),
