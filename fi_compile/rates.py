@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .costs import BUILTIN, BUILTIN_NATIVE, Rates
+from .costs import BLOCKS, BUILTIN, BUILTIN_NATIVE, Rates
 from .errors import FlashinfWarning
 from .kept import cache_directory
 from .kernels.tile import add_tile_direct
@@ -31,7 +32,7 @@ from .mixers.tile_work import KeptSpectra
 from .mixers.tiles import TorchTiles
 from .schedule import Tile
 
-VERSION = 3
+VERSION = 4
 # Values of each array that is measured on: together they fit in no cache.
 _VALUES = 1 << 22
 # How long a rate is tried at least. Two threads beside another process wait for each other most of the time.
@@ -65,8 +66,10 @@ def measure_rates(native: bool = False) -> Rates:
         data, make = torch.randn(3, _VALUES), LaneTiles if native else TorchTiles
         one, three = ([_time_tile(make, data, side, blocks) for side in BUILTIN.sides] for blocks in (1, 3))
         block = tuple(max(0.0, (many - few) / 2) for few, many in zip(one, three, strict=True))
-        others = _time_direct(), _time_load(data[0]), _time_row(), _time_piece(make)
-        return Rates(BUILTIN.sides, tuple(one), block, *others, native)
+        moves, others = _time_moves(make, data), (_time_row(), _time_piece(make))
+        return Rates(
+            BUILTIN.sides, tuple(one), block, _time_direct(), _time_end(make), *moves, *others, native
+        )
 
 
 def _time_tile(make: type[TorchTiles], data: Tensor, side: int, blocks: int) -> float:
@@ -89,14 +92,51 @@ def _time_direct() -> float:
     return _fastest(lambda: add_tile_direct(outputs, values, filters)) / 256 / 16**2
 
 
-def _time_load(values: Tensor, channels: int = 512, block: int = 32, times: int = 64) -> float:
-    large, rows = values.view(1, channels, -1), torch.zeros(block, 1, channels)
+def _time_moves(make: type[TorchTiles], data: Tensor, channels: int = 2048) -> tuple[float, float]:
+    """A channel's part of a base block to a state's positions or back, and each value of it more."""
+    states = data.view(len(data), 1, channels, -1)
+    tiles = make(states[0, 0], None, None)
+
+    def seconds(block: int) -> float:
+        rows = torch.zeros(block, 1, channels)
+        places = [(state, p) for p in range(0, states.shape[-1], 2 * block) for state in states]
+        turns = cycle(places)
+
+        def run() -> None:
+            state, p = next(turns)
+            tiles.write_columns(state[:, :, p : p + block], rows)
+            state, p = next(turns)
+            tiles.read_columns(rows, state[:, :, p : p + block])
+
+        return _fastest(run) / 2 / channels
+
+    few, many = min(BLOCKS), max(BLOCKS)
+    short, long = seconds(few), seconds(many)
+    load = max(0.0, (long - short) / (many - few))
+    return max(0.0, short - few * load), load
+
+
+def _time_end(make: type[TorchTiles], channels: int = 16, block: int = 16) -> float:
+    """The end of a block of hardly any values, after a step that left nothing of it in the caches near by."""
+    state, rows, weights = (
+        torch.zeros(1, channels, 4 * block),
+        torch.zeros(block, 1, channels),
+        torch.ones(_VALUES),
+    )
+    tiles, kept = make(torch.zeros(channels, 4 * block), None, None), KeptSpectra()
+    tile = Tile(range(block), range(block, 2 * block), block)
 
     def run() -> None:
-        for start in range(0, times * block, block):
-            large[:, :, start : start + block] = rows.permute(1, 2, 0)
+        tiles.write_columns(state[:, :, :block], rows)
+        tiles.add(tile, state, state, kept)
+        tiles.read_columns(rows, state[:, :, block : 2 * block])
+        rows.zero_()
 
-    return _fastest(run) / times / block / channels
+    times, end = [], perf_counter() + _SECONDS
+    while not times or perf_counter() < end:
+        weights.sum()
+        times.append(_time(run))
+    return statistics.median(times)
 
 
 def _time_row(channels: int = 512, rows: int = 32, times: int = 50) -> float:
@@ -165,12 +205,12 @@ def _read(file: Path) -> dict[str, Rates]:
 def _checked(given: dict[str, Any]) -> Rates:
     sides = tuple(int(side) for side in given["sides"])
     tile, block = (tuple(float(x) for x in given[name]) for name in ("tile", "block"))
-    direct, load, row, piece = (float(given[name]) for name in ("direct", "load", "row", "piece"))
+    others = {name: float(given[name]) for name in ("direct", "end", "column", "load", "row", "piece")}
     if sides != BUILTIN.sides or not len(tile) == len(block) == len(sides):
         raise ValueError("it lists other tiles")
-    if not all(0 <= x < 1 for x in (*tile, *block, direct, load, row, piece)):
+    if not all(0 <= x < 1 for x in (*tile, *block, *others.values())):
         raise ValueError("a rate is out of range")
-    return Rates(sides, tile, block, direct, load, row, piece, bool(given["native"]))
+    return Rates(sides, tile, block, **others, native=bool(given["native"]))
 
 
 def _write(file: Path, known: dict[str, Rates]) -> None:

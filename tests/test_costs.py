@@ -139,7 +139,9 @@ def test_this_machine_can_be_measured():
         found = rates.measure_rates(native)
         assert found.native == native
         assert len(found.tile) == len(found.block) == len(found.sides)
-        assert all(0 < x < 1e-4 for x in (*found.tile, found.direct, found.load, found.row, found.piece))
+        assert all(0 < x < 1e-4 for x in (*found.tile, found.direct, found.row, found.piece))
+        assert 0 < found.end < 1e-2
+        assert 0 < 16 * found.load + found.column < 1e-5
 
 
 @pytest.mark.parametrize("radix", [2, 4])
@@ -152,29 +154,37 @@ def test_seconds_are_counted_tile_by_tile(radix):
             keeping = BUILTIN.tile_seconds(tile.side, 2, channels)["fft"]
             keeping -= BUILTIN.tile_seconds(tile.side, 1, channels)["fft"]
             expected += keeping * len(tile.blocks) / radix
-    expected = expected / 5000 + channels * (2 * BUILTIN.load + 32 * BUILTIN.row)
+    ends = (BUILTIN.end + channels * 2 * BUILTIN.column) / 32
+    expected = expected / 5000 + ends + channels * (2 * BUILTIN.load + 32 * BUILTIN.row)
     assert BUILTIN.seconds_per_token(schedule, channels, 32) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("capacity", [1, 100, 4096, 65536])
 @pytest.mark.parametrize("channels", [4, 512, 2048])
 def test_the_choice_is_the_cheapest_the_options_leave(capacity, channels):
+    """A higher radix, whose spectra take more memory, has to be a tenth faster."""
+
+    def weighed(tiling):
+        return tiling.seconds * (1.1 if tiling.radix > 2 else 1)
+
     free = choose_tiling(BUILTIN, capacity, channels)
     for block in costs.BLOCKS:
         for radix in costs.RADICES:
             one = choose_tiling(BUILTIN, capacity, channels, block=block, radix=radix)
             assert (one.block, one.radix, one.deferred) == (block, radix, False)
-            assert free.seconds <= one.seconds
+            assert weighed(free) <= weighed(one)
     given = choose_tiling(BUILTIN, capacity, channels, block=7, latency="bounded")
     assert (given.block, given.deferred) == (8, True)
 
 
 def test_costs_decide():
-    """Dear products favour the dyadic tiling, dear transforms a high radix, dear pieces a large base block."""
+    """Dear products favour the dyadic tiling, dear transforms a high radix, dear ends a large base block."""
     dear = tuple(x * 20 for x in BUILTIN.tile)
     assert choose_tiling(replace(BUILTIN, block=dear), 65536, 2048).radix == 2
     assert choose_tiling(replace(BUILTIN, tile=dear), 65536, 2048).radix == 8
     assert choose_tiling(replace(BUILTIN, piece=1e-2), 65536, 16).block == 64
+    assert choose_tiling(replace(BUILTIN, end=1e-2), 65536, 16).block == 64
+    assert choose_tiling(replace(BUILTIN, column=1e-6), 65536, 2048).block == 64
     assert choose_tiling(replace(BUILTIN, row=1e-6), 65536, 2048).block == 16
 
 
