@@ -122,11 +122,8 @@ class LaneTiles(TorchTiles):
     def predict_bytes(self, schedule: Schedule, batch: int, channels: int) -> tuple[int, int]:
         """Bytes of the spectra that a whole schedule leaves: of the filters, and of the inputs of one state."""
         ours, kept = super().predict_bytes(schedule, batch, channels)
-        rows = (
-            len(self.filters) if self.shared is not None else -(-len(self.filters) // self.lanes) * self.lanes
-        )
-        values = sum(4 * (side // 2 + 1) for side, _ in self._lane_spectra_for(schedule))
-        ours += rows * values * self.filters.itemsize
+        values = sum(prod(self._spectra_shape(side)) for side, _ in self._lane_spectra_for(schedule))
+        ours += values * self.filters.itemsize
         if schedule.deferred:
             elements = piece_elements(schedule, self._outputs(channels) * batch) // _FINER
             sides = {tile.side for tile in schedule if self.form(tile) == "lanes"}
@@ -135,6 +132,10 @@ class LaneTiles(TorchTiles):
                 sum(prod(self.code.work_shape(s, self.filters.dtype)) for s in split) * self.filters.itemsize
             )
         return ours, kept
+
+    def _spectra_shape(self, side: int) -> tuple[int, ...]:
+        shape = self.code.spectra_shape(len(self.filters), side, self.filters.dtype)
+        return shape if self.shared is None else (len(self.filters), *shape[1:-1])
 
     def _outputs(self, inputs: int) -> int:
         """How many output channels there are for so many of inputs."""
