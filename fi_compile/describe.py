@@ -13,7 +13,7 @@ from .mixers.increments import weights_of
 from .program import source_of
 from .report import MixerReport, Report, Snapshot
 from .text import graph_text
-from .units import Unit
+from .units import ALL, Unit
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -64,7 +64,9 @@ def _given_up(derived: Derived) -> tuple[str, ...]:
 
 
 def _looks_back(engine: Engine, unit: Unit) -> bool:
-    return unit.mixer is not None or any(node in engine.plan.histories for node in unit.reads)
+    return unit.mixer is not None or any(
+        ALL in demand and node in engine.plan.histories for node, demand in unit.reads.items()
+    )
 
 
 def _mixer(engine: Engine, unit: Unit) -> MixerReport:

@@ -17,6 +17,7 @@ from .mixers.products import Product, recognise_product
 from .mixers.recurrence import as_recurrence
 from .mixers.registered import Registered, disagreement, recognise_registered
 from .mixers.sliding_attention import SlidingAttention, recognise_sliding
+from .mixers.whole_numbers import WholeNumbers, recognise_whole_numbers
 from .passes.bound_lags import bound_lags
 from .passes.propose_consistency import Consistency
 from .proof import Proof
@@ -51,11 +52,13 @@ class Settled:
 
     def convolution(
         self, analysis: Consistency, unit: Unit, inputs: Sequence[fx.Node]
-    ) -> Convolution | Product | None:
+    ) -> Convolution | Product | WholeNumbers | None:
         """The convolution a unit of one input is, or the product one of two is."""
         if len(inputs) == 2:
             return self._product(analysis, unit, inputs)
         (x,) = inputs
+        if not x.meta["val"].dtype.is_floating_point and not x.meta["val"].dtype.is_complex:
+            return self._whole_numbers(analysis, unit, x)
         found = recognise(analysis, unit, x, self.capacity)
         if found is None:
             return None
@@ -96,7 +99,16 @@ class Settled:
         )
         return found
 
-    def _holds(self, analysis: Consistency, mixer: LinearAttention | SlidingAttention | Product) -> bool:
+    def _whole_numbers(self, analysis: Consistency, unit: Unit, x: fx.Node) -> WholeNumbers | None:
+        found = recognise_whole_numbers(analysis, unit, x, self._is_affine, self.capacity)
+        if found is None or not self._holds(analysis, found):
+            return None
+        self.verdicts[found.name] = found.verdict
+        return found
+
+    def _holds(
+        self, analysis: Consistency, mixer: LinearAttention | SlidingAttention | Product | WholeNumbers
+    ) -> bool:
         """Whether a mixer holds for the present weights and for moved ones."""
         both = (analysis.parameters, self.values)
         return all(mixer.holds(self.proof, values, self.capacity) for values in both)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corpus import scale_weights
-from decoding import by_speed, decoded, decoder, features, gap
+from decoding import Net, by_speed, decoded, decoder, features, gap
 from fi_compile.capture import trace_module
 from fi_compile.heads import with_heads_apart
 from fi_compile.program import operator_name
@@ -177,3 +177,34 @@ def test_what_works_along_the_folded_dimension_gets_it_folded():
 def test_nothing_is_changed_without_folded_heads():
     program = trace_module(nn.Linear(WIDTH, WIDTH).double(), features(2, 9, WIDTH))
     assert with_heads_apart(program) is program
+
+
+def attends_to_itself(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def masked_attention_to_itself(x: Tensor) -> Tensor:
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    return F.scaled_dot_product_attention(x, x, x.sin(), attn_mask=mask)
+
+
+def queries_are_values(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x.cos(), x, is_causal=True)
+
+
+def scores_by_letters(x: Tensor) -> Tensor:
+    scores = torch.einsum("bid,bjd->bij", x, x)
+    above = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+    return scores.masked_fill(above, -torch.inf).softmax(-1) @ x
+
+
+ITSELF = {attends_to_itself: 1, masked_attention_to_itself: 1, queries_are_values: 1, scores_by_letters: 2}
+
+
+@pytest.mark.parametrize("attend", ITSELF, ids=lambda f: f.__name__)
+def test_a_query_that_is_a_key_too(attend: Callable[[Tensor], Tensor]):
+    net, sequence = Net(lambda _, x: attend(2 * x)).eval(), features(2, 30, WIDTH)
+    dec = decoder(net, features(2, 9, WIDTH), max_length=48)
+    # What makes the copy, of new rows alone, is not among those that look back.
+    assert [m.lowering for m in dec.report.mixers] == ["kv_cache"] * ITSELF[attend]
+    assert gap(decoded(dec, sequence, 3), net(sequence)[:, 2:]) < 1e-13

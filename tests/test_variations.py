@@ -33,11 +33,11 @@ FOUND = {
     "Autocast": "2 scan → running_sum",
     "Float32Islands": "2 short_conv → window",
     "GLUs": "2 short_conv → window",
-    "TokenShifts": "4 attention → kv_cache, 4 region → history, 6 short_conv → window",
+    "TokenShifts": "8 short_conv → window",
     "RelativeBias": "4 attention → kv_cache",
     "StridedMemory": "2 scan → running_sum",
     "EncoderStack": "2 attention → kv_cache",
-    "DeltaRule": "6 attention → kv_cache, 2 linear_attention → recurrence, 2 region → history",
+    "DeltaRule": "2 linear_attention → recurrence, 2 region → history",
     "FlashStyleMask": "4 attention → kv_cache",  # -10000, and norms that bound the scores
     "ChunkedLinear": "2 region → history",
     "ChunkedBranch": "2 region → history",

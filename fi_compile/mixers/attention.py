@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fi_compile.program import Program, add_call, given_arguments, operator_name
+from fi_compile.passes.propose_consistency import axes_of
+from fi_compile.program import Program, add_call, given_arguments, is_tensor, operator_name
 
 WHOLE = "whole"  # of a node's meta: the keyword arguments that give the same value of whole sequences
 _CAUSAL = {"attn_mask": None, "is_causal": True}
@@ -38,6 +39,53 @@ def with_masks(program: Program) -> Program:
             new.meta = {**node.meta, WHOLE: _CAUSAL}
     graph.lint()
     return replace(program, module=fx.GraphModule(nn.Module(), graph))
+
+
+def with_queries_apart(program: Program) -> Program:
+    """The same program where no value enters an operator over pairs of positions twice: one of the two is a copy.
+
+    Before and after::
+
+        y = scaled_dot_product_attention(x, x, x, mask)
+        y = scaled_dot_product_attention(clone(x), x, x, mask)
+
+    Of queries the newest row is demanded, of keys all rows so far: the copy is read one way, its source the other.
+    """
+    shared = {
+        node: query for node in program.graph.nodes if (query := _shared_query(program, node)) is not None
+    }
+    if not shared:
+        return program
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        query = shared.get(node)
+        new = (
+            graph.node_copy(node, copied.__getitem__) if query is None else _apart(graph, node, query, copied)
+        )
+        copied[node] = new
+    graph.lint()
+    return replace(program, module=fx.GraphModule(nn.Module(), graph))
+
+
+def _apart(graph: fx.Graph, node: fx.Node, query: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The call with a copy where it first reads the query."""
+    clone = torch.ops.aten.clone.default
+    place = [add_call(graph, node, node.meta["val"].fake_mode, clone, (copied[query],))]
+    place[0].meta.pop(WHOLE, None)
+    return graph.node_copy(node, lambda of: place.pop() if of is query and place else copied[of])
+
+
+def _shared_query(program: Program, node: fx.Node) -> fx.Node | None:
+    """The first sequence that an operator makes or weighs pairs of positions of, if it is another of them too."""
+    if node.op != "call_function" or not is_tensor(node) or node not in program.input_dependent:
+        return None
+    if operator_name(node.target) != "scaled_dot_product_attention" and len(axes_of(program, node).rows) < 2:
+        return None
+    read: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), lambda n: read.append(n) or n)
+    first = next(filter(is_tensor, read))
+    return first if read.count(first) > 1 and len(axes_of(program, first).rows) == 1 else None
 
 
 def _is_causal(node: fx.Node) -> bool:

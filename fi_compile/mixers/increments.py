@@ -19,9 +19,10 @@ from .recurrence import Recurrence
 from .registered import Registered, RegisteredStep
 from .relaxed import RelaxedProduct
 from .sliding_attention import KeyRing, SlidingAttention
+from .whole_numbers import WholeNumbers, WholeWindow
 from .window import Scan, ShortConv
 
-Mixer = Convolution | LinearAttention | SlidingAttention | Fold | Product | Registered
+Mixer = Convolution | LinearAttention | SlidingAttention | Fold | Product | Registered | WholeNumbers
 
 
 class Increment(Protocol):
@@ -82,6 +83,7 @@ _OF_CLASS: dict[type, Callable[[Any], Increment]] = {
     SlidingAttention: KeyRing,
     Fold: RunningFold,
     Registered: RegisteredStep,
+    WholeNumbers: WholeWindow,
 }
 
 

@@ -190,17 +190,15 @@ def pad(c: Call) -> Fact:
                 raise Deny("length_as_value", "pads a value that still carries a factor of the length")
             joined = axis
             if not same(left, 0):
-                joined = joined_axes([(_blank(left), False), (joined, False)])
+                joined = joined_axes([(table_axis(left), False), (joined, False)])
             if not same(right, 0):
-                joined = joined_axes([(joined, False), (_blank(right), False)])
+                joined = joined_axes([(joined, False), (table_axis(right), False)])
             dims[dim] = (joined,)
     if value == 0:
         c.note_linear([c.arg("self")])
+    else:
+        c.affine_groups.append(frozenset({c.arg("self")}))
     return Fact(tuple(dims), fact.scale)
-
-
-def _blank(size: Quantity) -> Axis:
-    return table_axis(size)
 
 
 def joined_axes(pieces: Sequence[tuple[Axis, bool]]) -> Axis:
