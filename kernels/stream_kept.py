@@ -38,9 +38,9 @@ def stream_keep_kernel(
     PRECISION: tl.constexpr,
 ):
     """A program transforms BR rows of one channel of one row where they lie: kept [B, channels, 2, H, A, B]."""
-    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
+    o_r = tl.program_id(1) * BR + tl.arange(0, BR)
     o_a, o_b = tl.arange(0, A), tl.arange(0, B)
-    p = p_kept + tl.program_id(2).to(tl.int64) * s_kept_b + tl.program_id(1).to(tl.int64) * (2 * H * A * B)
+    p = p_kept + tl.program_id(2).to(tl.int64) * s_kept_b + tl.program_id(0).to(tl.int64) * (2 * H * A * B)
     p += o_r[:, None, None] * (A * B) + o_a[None, :, None] * B + o_b[None, None, :]
     xr, xi = tl.load(p), tl.load(p + H * A * B)
     fr, fi, tr, ti, gr, gi = load_inner(p_first, p_twiddle, p_second, A, B)
@@ -110,7 +110,8 @@ def keep_stream(kept: Tensor, inputs: Tensor, stream: Stream) -> None:
     """`tile_kept.keep_spectra_gpu`: the inputs' columns into kept, then its rows there."""
     rows = rows_kept(stream)
     enter_stream(kept, inputs, stream)
-    stream_keep_kernel[stream.h // rows, kept.shape[1], kept.shape[0]](
+    # Channels first: of the others a grid has 65,535 at most.
+    stream_keep_kernel[kept.shape[1], stream.h // rows, kept.shape[0]](
         kept,
         *inner_factors(stream.a, stream.b, kept.device),
         kept.stride(0),
