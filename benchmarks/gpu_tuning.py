@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu_setting import Place, Setting, operands
 from fi_compile.kernels import tuning
 from fi_compile.kernels.tile import tile_reference
+from fi_compile.mixers.tile_work import KeptSpectra
 from fi_compile.mixers.triton_tiles import TritonTiles
 from fi_compile.schedule import Tile
 
@@ -24,38 +28,59 @@ class Forced(TritonTiles):
         return self.wanted
 
 
+class _Run:
+    """A tile in one form, on spectra of its own."""
+
+    def __init__(self, form: str, tile: Tile, filters: Tensor, history: Tensor, pending: Tensor):
+        self._tiles, self._kept = Forced(filters, None, None), KeptSpectra()
+        self._tiles.wanted = form
+        self._operands = tile, history, pending, self._kept
+
+    def anew(self) -> None:
+        """Every block is transformed."""
+        self._kept.clear()
+        self._tiles.add(*self._operands)
+
+    def again(self) -> None:
+        """Blocks that are kept are not."""
+        self._tiles.add(*self._operands)
+
+
 def tune(setting: Setting, place: Place, repeats: int) -> dict[tuning.Key, Mapping[str, float]]:
     """Seconds of each offered form by key, for the tiles of a setting; forms that disagree raise SystemExit."""
     filters, rows = operands(setting, place.device)
-    tiles = Forced(filters, None, None)
-    history, pending = (tiles.new_state(setting.batch, setting.channels) for _ in range(2))
+    history, pending = (
+        Forced(filters, None, None).new_state(setting.batch, setting.channels) for _ in range(2)
+    )
     at = torch.arange(setting.length, device=place.device) % rows.shape[0]
     history.copy_(rows[at].permute(1, 2, 0))
     found = {}
-    for side in setting.sides:
-        if 2 * side > setting.length:
+    for side, blocks in itertools.product(setting.sides, (1, 2)):
+        stop = side * blocks
+        if stop + side > setting.length:
             continue
-        tile, seconds = Tile(range(side), range(side, 2 * side)), {}
-        for form in tiles.offered(side):
-            tiles.wanted = form
+        tile = Tile(range(stop), range(stop, stop + side), side, reused=blocks > 1)
+        seconds = {}
+        for form in Forced(filters, None, None).offered(side):
+            run = _Run(form, tile, filters, history, pending)
             pending.zero_()
-            tiles.add(tile, history, pending)
-            _compare(form, side, history, pending, filters)
-            seconds[form] = place.seconds(lambda t=tile: tiles.add(t, history, pending), repeats)
-        found[tuning.architecture(place.device), setting.channels, setting.batch, side] = seconds
+            run.anew()
+            _compare(form, tile, history, pending, filters)
+            # Of two blocks a tile makes the spectra of one: half way between both and none.
+            runs = (run.anew, run.again) if blocks > 1 else (run.again,)
+            seconds[form] = statistics.mean(place.seconds(r, repeats) for r in runs)
+        found[tuning.architecture(place.device), setting.channels, setting.batch, side, blocks] = seconds
     return found
 
 
-def _compare(
-    form: str, side: int, history: torch.Tensor, pending: torch.Tensor, filters: torch.Tensor
-) -> None:
+def _compare(form: str, tile: Tile, history: Tensor, pending: Tensor, filters: Tensor) -> None:
     """The last channel of the last row against the definition."""
-    outputs = min(side, 256)
-    y, k = history[-1:, -1:, :side].double(), filters[-1:, : 2 * side].double()
+    start, outputs = tile.outputs.start, min(tile.side, 256)
+    y, k = history[-1:, -1:, :start].double(), filters[-1:, : start + outputs].double()
     wanted = tile_reference(y, k, outputs)
-    error = float((pending[-1:, -1:, side : side + outputs] - wanted).abs().max())
+    error = float((pending[-1:, -1:, start : start + outputs] - wanted).abs().max())
     if not error <= 3 * torch.finfo(torch.float32).eps * float(y.norm() * k.norm()):
-        raise SystemExit(f"tiles of {side} by {form!r} are off by {error:.1e}: nothing is kept")
+        raise SystemExit(f"tiles of {tile.side} by {form!r} are off by {error:.1e}: nothing is kept")
 
 
 def tune_all(settings: Iterable[Setting], place: Place, repeats: int, path: Path | None) -> dict[str, object]:
@@ -74,6 +99,7 @@ def tune_all(settings: Iterable[Setting], place: Place, repeats: int, path: Path
             "channels": key[1],
             "batch": key[2],
             "side": key[3],
+            "blocks": key[4],
             "seconds": dict(seconds),
         }
         for key, seconds in measured.items()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from .costs import BUILTIN, BUILTIN_NATIVE, Costs, Tiling, choose_tiling
+from .kernels.channels import Fan
 from .mixers.convolution import Convolution
 from .mixers.stack import FilterBank, state_dtype
 from .options import Options
@@ -104,8 +105,10 @@ def derive(
         references[mixer.name] = reference
     if bank is not None:
         constants |= step.by_mixer("block_table", bank.block_table) | step.by_mixer("skip", bank.skip)
-        if bank.source is not None and step.kernels == "triton":
-            constants["source"] = bank.source
+        if step.kernels == "triton":
+            constants |= {} if bank.source is None else {"source": bank.source}
+            fan = Fan.of(bank.target)
+            constants |= {} if fan is None else {"fan": fan.first}
     _add_tables(step, values, batch, rewrite, constants, tables)
     return Derived(step, values, dtype, tiling, bank, constants, tables, references, rewrite is not None)
 
@@ -134,12 +137,14 @@ def tile_step(
 
 
 def _costs(step: StepProgram, device: torch.device, dtype: torch.dtype) -> Costs | None:
-    """What tiles by Triton take; None where torch runs them: everywhere, or where channels read several inputs."""
-    if step.kernels != "triton" or any(m.fan_in > 1 for m in step.stacked):
+    """What tiles by Triton take; None where torch runs them."""
+    if step.kernels != "triton":
         return None
     from .gpu_costs import GpuCosts
 
-    return GpuCosts(state_dtype(dtype), device)
+    outputs = sum(m.layout_out.count for m in step.stacked)
+    pairs = sum(m.layout_out.count * m.fan_in for m in step.stacked)
+    return GpuCosts(state_dtype(dtype), device, fan=pairs / max(1, outputs))
 
 
 def _bank(

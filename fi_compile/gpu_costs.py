@@ -16,14 +16,18 @@ from .schedule import Schedule
 
 @dataclass(frozen=True)
 class GpuCosts:
-    """Tiles by the forms of `kernels.tile_forms` on a device, in the time that `rates` and launches promise."""
+    """Tiles by the forms of `kernels.tile_forms` on a device, in the time that `rates` and launches promise.
+
+    fan: how many inputs a channel reads on average.
+    """
 
     dtype: torch.dtype
     device: torch.device
     rates: Rates = H100
+    fan: float = 1
 
     def seconds_per_token(self, schedule: Schedule, channels: int, rows: int) -> float:
-        """All mixing of `channels` of one row, a step summing `rows` rows, over the whole of a schedule, in float32."""
+        """All mixing of `channels` (pairs) of one row, a step summing `rows` rows, over a whole schedule."""
         tokens = max(1, schedule.capacity - schedule.origin)
         inputs, total = schedule.count_inputs(), 0.0
         for side, count in schedule.count_tiles().items():
@@ -35,9 +39,10 @@ class GpuCosts:
         return total / tokens + channels * moved / self.rates.bandwidth + LAUNCH
 
     def _tile_seconds(self, schedule: Schedule, side: int, blocks: float, channels: int) -> float:
-        kept = schedule.radix > 2 or schedule.deferred
-        form = fastest(self.rates, side, side, self.dtype, self.device, kept)
-        seconds = channels * self.rates.seconds(**traffic(form, side, side, blocks, kept))
+        kept = schedule.radix > 2 or schedule.deferred or self.fan > 1
+        form = fastest(self.rates, side, side, self.dtype, self.device, kept, self.fan)
+        channels = ceil(channels / self.fan)
+        seconds = channels * self.rates.seconds(**traffic(form, side, side, blocks * self.fan, kept))
         pieces = 1
         if schedule.deferred:
             pieces = ceil(channels * 2 * side / piece_elements(schedule, channels))

@@ -123,7 +123,6 @@ class _Run:
         self.batch = t["row"].shape[0]
         self.inputs: list[Tensor] = []
         self.pending: Tensor | None = None
-        self.pairs: Tensor | None = None
         self.channel_out = self.pair = 0
         self.put(self.program.sequence, (NEW,), t["row"])
 
@@ -212,14 +211,11 @@ class _Run:
     def stack_at_once(self, mixer: Convolution, x: Tensor) -> Tensor:
         t = self.t
         if self.pending is None:
-            block = t["block_inputs"], t["block_table"], self.local, t.get("source")
-            if all(m.fan_in == 1 for m in self.step.stacked):
-                from .kernels.block_step import block_step  # only here: who stays with torch needs no Triton
+            from .kernels.block_step import block_step  # only here: who stays with torch needs no Triton
 
-                self.pending = block_step(t["block_pending"], *block)
-            else:
-                self.pending = torch.index_select(t["block_pending"], 0, self.local)[0]
-                self.pairs = block_sum(*block)
+            block = t["block_inputs"], t["block_table"], self.local, t.get("source")
+            most = max(m.fan_in for m in self.step.stacked)
+            self.pending = block_step(t["block_pending"], *block, t.get("fan"), most)
         x = x.to(self.pending.dtype)
         self.inputs.append(x)
         count = mixer.layout_out.count
@@ -228,10 +224,7 @@ class _Run:
         self.channel_out, self.pair = channels.stop, pairs.stop
         source = t.get(f"source:{mixer.name}")
         now = x if source is None else x.index_select(1, source)
-        terms = now * t["skip"][pairs]
-        if self.pairs is not None:
-            terms = terms + self.pairs[:, pairs]
-        return self.pending[:, channels] + sum_pairs(terms, mixer.fan_in)
+        return self.pending[:, channels] + sum_pairs(now * t["skip"][pairs], mixer.fan_in)
 
     def output(self, node: Any) -> Any:
         if not isinstance(node, fx.Node) or node not in self.step.axes:

@@ -73,7 +73,17 @@ def block_sum(inputs: Tensor, table: Tensor, j: Tensor, source: Tensor | None = 
 
 
 def block_step(
-    pending: Tensor, inputs: Tensor, table: Tensor, j: Tensor, source: Tensor | None = None
+    pending: Tensor,
+    inputs: Tensor,
+    table: Tensor,
+    j: Tensor,
+    source: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
-    """Row j of `pending` [K, B, Cout] and the block's sum: [B, Cout]."""
-    return torch.index_select(pending, 0, j)[0] + block_sum(inputs, table, j, source)
+    """Row j of `pending` [K, B, Cout] and the block's sum, or its sums over pairs (`channels.Fan`): [B, Cout]."""
+    row, sums = torch.index_select(pending, 0, j)[0], block_sum(inputs, table, j, source)
+    if first is None:
+        return row + sums
+    outputs = torch.arange(row.shape[1], device=row.device)
+    target = outputs.repeat_interleave(first.diff(), output_size=sums.shape[1])
+    return row.index_add(1, target, sums)

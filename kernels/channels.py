@@ -6,7 +6,10 @@ input channels, `o` counts pairs of an output and an input channel, and `target[
 channel that a pair belongs to: its sum is over pairs.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +46,31 @@ def transform(rows: Tensor, source: Tensor | None, n: int, start: int, stop: int
     names, place = source[start:stop].unique(return_inverse=True)
     spectra = torch.fft.rfft(rows.index_select(1, names), n=n)
     return spectra if len(names) == stop - start and names.equal(source[start:stop]) else spectra[:, place]
+
+
+@dataclass(frozen=True)
+class Fan:
+    """Output channels that read several pairs each: those of o are first[o] ... first[o + 1] - 1, `most` at most.
+
+    first: int64 [Cout + 1]; mean: pairs an output channel. The program of an output channel sums them in order.
+    """
+
+    first: Tensor
+    most: int
+    mean: float
+
+    @staticmethod
+    def of(target: Tensor | None) -> Fan | None:
+        """That of an ascending `target`, int64 [pairs]; None for None. Reads values on the host."""
+        if target is None:
+            return None
+        counts = target.bincount()
+        first = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        return Fan(first, int(counts.max()), len(target) / len(counts))
+
+    def channels(self, start: int, stop: int) -> Fan:
+        """Only output channels start ... stop."""
+        return replace(self, first=self.first[start : stop + 1])
 
 
 def gathered(value: Tensor, target: Tensor | None, start: int, stop: int) -> tuple[Tensor, slice]:

@@ -68,8 +68,8 @@ def long_conv_kernel(
     Blocks meet within their group only, of `group` blocks each, through spectra [C, stored, 2, H, Q] of Q of N columns.
     With FAR a block does not meet itself, its spectrum is not stored, and results are added to y.
     """
-    i_j, i_c = tl.program_id(0), tl.program_id(1)
-    i_b = tl.program_id(2).to(tl.int64)
+    i_j, i_c = tl.program_id(2), tl.program_id(1)
+    i_b = tl.program_id(0).to(tl.int64)
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < channels
     o_h, o_n, o_q = tl.arange(0, H), tl.arange(0, N), tl.arange(0, Q)
@@ -172,7 +172,8 @@ def launch(
             torch.as_strided(x, (1,), (1,), x.storage_offset() + (length - 1) * step) if reverse else x
         )
         strides.append((x.stride(0), x.stride(1), -step if reverse else step))
-    grid = (triton.cdiv(length, h * n), triton.cdiv(channels, split.channels), batch)
+    # Rows first: of the others a grid has 65,535 at most, and where many channels share a filter they are rows.
+    grid = (batch, triton.cdiv(channels, split.channels), triton.cdiv(length, h * n))
     long_conv_kernel[grid](
         pointers[0],
         pointers[1],

@@ -55,11 +55,13 @@ def short_conv_step_kernel(
         o_in = tl.load(p_source + o_p, mask=m_c, other=0) if HAS_SOURCE else o_p
         now = tl.load(p_x + i_b * channels_in + o_in, mask=m_c, other=0.0)
         acc += now.to(ACC) * tl.load(p_kernel + o_p, mask=m_c, other=0.0).to(ACC)
+        p_w = p_kernel + o_p
         for lag in range(1, taps):
+            p_w += channels * FAN
             # No negative dividends: their remainders differ between C and Python.
             row = (position + rows - lag) % rows
             y = tl.load(p_ring + (row * batch + i_b) * channels_in + o_in, mask=m_c, other=0.0)
-            w = tl.load(p_kernel + lag * (channels * FAN).to(tl.int64) + o_p, mask=m_c, other=0.0)
+            w = tl.load(p_w, mask=m_c, other=0.0)
             acc += y.to(ACC) * w.to(ACC)
     tl.store(p_out + i_b * channels + o_c, acc.to(p_out.dtype.element_ty), mask=m_c)
 

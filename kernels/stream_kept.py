@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fi_compile.kernels.channels import Fan
 from fi_compile.kernels.gpu import dot_precision, pointer
 from fi_compile.kernels.monarch import Stream, inner_factors
 from fi_compile.kernels.tile_stream import (
@@ -38,9 +39,9 @@ def stream_keep_kernel(
     PRECISION: tl.constexpr,
 ):
     """A program transforms BR rows of one channel of one row where they lie: kept [B, channels, 2, H, A, B]."""
-    o_r = tl.program_id(0) * BR + tl.arange(0, BR)
+    o_r = tl.program_id(1) * BR + tl.arange(0, BR)
     o_a, o_b = tl.arange(0, A), tl.arange(0, B)
-    p = p_kept + tl.program_id(2).to(tl.int64) * s_kept_b + tl.program_id(1).to(tl.int64) * (2 * H * A * B)
+    p = p_kept + tl.program_id(2).to(tl.int64) * s_kept_b + tl.program_id(0).to(tl.int64) * (2 * H * A * B)
     p += o_r[:, None, None] * (A * B) + o_a[None, :, None] * B + o_b[None, None, :]
     xr, xi = tl.load(p), tl.load(p + H * A * B)
     fr, fi, tr, ti, gr, gi = load_inner(p_first, p_twiddle, p_second, A, B)
@@ -59,6 +60,7 @@ def stream_meet_kernel(
     p_second,
     p_source,
     p_index,
+    p_pairs,
     start,
     oldest,
     count,
@@ -69,6 +71,7 @@ def stream_meet_kernel(
     s_spectra,
     HAS_SOURCE: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    HAS_FAN: tl.constexpr,
     H: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
@@ -79,21 +82,27 @@ def stream_meet_kernel(
     o_r = tl.program_id(0) * BR + tl.arange(0, BR)
     i_c = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
-    i_in = tl.load(p_source + start + i_c) if HAS_SOURCE else (start + i_c).to(tl.int64)
-    i_f = tl.load(p_index + start + i_c) if HAS_INDEX else (start + i_c).to(tl.int64)
+    i_first = (start + i_c).to(tl.int64)
+    i_last = i_first + 1
+    if HAS_FAN:
+        i_last = tl.load(p_pairs + i_last)
+        i_first = tl.load(p_pairs + i_first)
     o_a, o_b = tl.arange(0, A), tl.arange(0, B)
     o_x = o_r[:, None, None] * (A * B) + o_a[None, :, None] * B + o_b[None, None, :]
-    p_x = p_ring + i_b * s_ring_b + i_in * (2 * H * A * B) + o_x
-    p_s = p_spectra + i_f * s_spectra + o_x
     ar = tl.zeros((BR, A, B), tl.float32)
     ai = tl.zeros((BR, A, B), tl.float32)
-    for i in range(count):
-        row = ((oldest + i) % rows).to(tl.int64)
-        xr, xi = load_pair(p_x + row * s_ring, 0, H * A * B)
-        sr, si = load_pair(p_s + (count - 1 - i).to(tl.int64) * (2 * H * A * B), 0, H * A * B)
-        xr, xi = times(xr, xi, sr, si)
-        ar += xr
-        ai += xi
+    for i_p in range(i_first, i_last):
+        i_in = tl.load(p_source + i_p) if HAS_SOURCE else i_p
+        i_f = tl.load(p_index + i_p) if HAS_INDEX else i_p
+        p_x = p_ring + i_b * s_ring_b + i_in * (2 * H * A * B) + o_x
+        p_s = p_spectra + i_f * s_spectra + o_x
+        for i in range(count):
+            row = ((oldest + i) % rows).to(tl.int64)
+            xr, xi = load_pair(p_x + row * s_ring, 0, H * A * B)
+            sr, si = load_pair(p_s + (count - 1 - i).to(tl.int64) * (2 * H * A * B), 0, H * A * B)
+            xr, xi = times(xr, xi, sr, si)
+            ar += xr
+            ai += xi
     fr, fi, tr, ti, gr, gi = load_inner(p_first, p_twiddle, p_second, A, B)
     ar, ai = transform_rows_back(ar, ai, fr, fi, tr, ti, gr, gi, A, B, BR, PRECISION)
     p = p_work + i_b * s_work_b + i_c.to(tl.int64) * (2 * H * A * B) + o_x
@@ -110,7 +119,8 @@ def keep_stream(kept: Tensor, inputs: Tensor, stream: Stream) -> None:
     """`tile_kept.keep_spectra_gpu`: the inputs' columns into kept, then its rows there."""
     rows = rows_kept(stream)
     enter_stream(kept, inputs, stream)
-    stream_keep_kernel[stream.h // rows, kept.shape[1], kept.shape[0]](
+    # Channels first: of the others a grid has 65,535 at most.
+    stream_keep_kernel[kept.shape[1], stream.h // rows, kept.shape[0]](
         kept,
         *inner_factors(stream.a, stream.b, kept.device),
         kept.stride(0),
@@ -132,6 +142,7 @@ def add_kept_stream(
     stream: Stream,
     source: Tensor | None,
     filter_index: Tensor | None,
+    fan: Fan | None,
 ) -> None:
     """`tile_kept.add_kept_gpu`: two launches for as many channels as the scratch has room for."""
     batch, channels, _ = outputs.shape
@@ -146,6 +157,7 @@ def add_kept_stream(
             *inner_factors(stream.a, stream.b, outputs.device),
             pointer(source, outputs),
             pointer(filter_index, outputs),
+            pointer(None if fan is None else fan.first, outputs),
             start,
             oldest,
             count,
@@ -156,6 +168,7 @@ def add_kept_stream(
             spectra.stride(0),
             HAS_SOURCE=source is not None,
             HAS_INDEX=filter_index is not None,
+            HAS_FAN=fan is not None,
             H=stream.h,
             A=stream.a,
             B=stream.b,

@@ -18,7 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fi_compile.kernels.channels import Fan
 from fi_compile.kernels.gpu import Variant, pointer, warp_size
+from fi_compile.kernels.transforms import read_pair
 
 # Outputs a thread holds, groups of them a program has (a warp each), bytes a thread loads at once as float32.
 REGISTERS = 8
@@ -42,10 +44,12 @@ def tile_direct_kernel(
     p_lags,
     p_source,
     p_index,
+    p_pairs,
     side,
     length,
     lags,
     channels,
+    most,
     s_out_b,
     s_out_t,
     s_in_b,
@@ -53,6 +57,7 @@ def tile_direct_kernel(
     s_lags,
     HAS_SOURCE: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    HAS_FAN: tl.constexpr,
     DOUBLE: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
@@ -63,33 +68,36 @@ def tile_direct_kernel(
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     o_c = i_c * BC + tl.arange(0, BC)
     m_c = o_c < channels
-    o_in = tl.load(p_source + o_c, mask=m_c, other=0) if HAS_SOURCE else o_c
-    o_f = tl.load(p_index + o_c, mask=m_c, other=0) if HAS_INDEX else o_c
     o_s = i_s * (G * R) + tl.arange(0, G) * R
     p_in += i_b.to(tl.int64) * s_in_b
     p_out += i_b.to(tl.int64) * s_out_b
-    acc, upper = (), ()
+    acc = ()
     for _ in tl.static_range(R):
         acc = acc + (tl.zeros([G, BC], ACC),)
-    for j in tl.static_range(1, R):
-        o_l = o_s + side + j
-        upper = upper + (_load_rows(p_lags, o_l, o_l < lags, s_lags, o_f, m_c).to(ACC),)
-    for k in range(0, side, R):
-        # w[R - 1 + d] holds lag side + o_s - k + d.
-        w, y, total = (), (), ()
-        for j in tl.static_range(R):
-            o_l = o_s + (side - k - R + 1 + j)
-            w = w + (_load_rows(p_lags, o_l, (o_l > 0) & (o_l < lags), s_lags, o_f, m_c).to(ACC),)
-        w = w + upper
-        for q in tl.static_range(R):
-            o_k = tl.zeros([G], tl.int32) + (k + q)
-            y = y + (_load_rows(p_in, o_k, o_k < side, s_in_t, o_in, m_c).to(ACC),)
-        for r in tl.static_range(R):
-            a = acc[r]
+    for i_p in range(0, most):
+        o_p, m_p = read_pair(p_pairs, o_c, m_c, i_p, HAS_FAN)
+        o_in = tl.load(p_source + o_p, mask=m_p, other=0) if HAS_SOURCE else o_p
+        o_f = tl.load(p_index + o_p, mask=m_p, other=0) if HAS_INDEX else o_p
+        upper = ()
+        for j in tl.static_range(1, R):
+            o_l = o_s + side + j
+            upper = upper + (_load_rows(p_lags, o_l, o_l < lags, s_lags, o_f, m_p).to(ACC),)
+        for k in range(0, side, R):
+            # w[R - 1 + d] holds lag side + o_s - k + d.
+            w, y, total = (), (), ()
+            for j in tl.static_range(R):
+                o_l = o_s + (side - k - R + 1 + j)
+                w = w + (_load_rows(p_lags, o_l, (o_l > 0) & (o_l < lags), s_lags, o_f, m_p).to(ACC),)
+            w = w + upper
             for q in tl.static_range(R):
-                a += y[q] * w[R - 1 + r - q]
-            total = total + (a,)
-        acc, upper = total, w[: R - 1]
+                o_k = tl.zeros([G], tl.int32) + (k + q)
+                y = y + (_load_rows(p_in, o_k, o_k < side, s_in_t, o_in, m_p).to(ACC),)
+            for r in tl.static_range(R):
+                a = acc[r]
+                for q in tl.static_range(R):
+                    a += y[q] * w[R - 1 + r - q]
+                total = total + (a,)
+            acc, upper = total, w[: R - 1]
     for r in tl.static_range(R):
         o_t = o_s + r
         p = p_out + o_t.to(tl.int64)[:, None] * s_out_t + o_c[None, :]
@@ -114,13 +122,14 @@ def add_tile_direct_gpu(
     lags: Tensor,
     source: Tensor | None = None,
     filter_index: Tensor | None = None,
+    fan: Fan | None = None,
 ) -> None:
     """Add the tile to `outputs`.
 
     outputs [B, Cout, V], inputs [B, Cin, U] and lags [T, F], T >= U + V (see `lag_table`), of one dtype: float32
     or float64 (sums in it), float16 or bfloat16 (sums in float32); their channels are contiguous, other strides
-    are free. source, filter_index: int64 [Cout] or None (see `channels`). Raises ValueError for channels that are
-    not contiguous, and for too few lags.
+    are free. source, filter_index: int64 [Cout] or None, of pairs where there is a `fan` (see `channels`). Raises
+    ValueError for channels that are not contiguous, and for too few lags.
     """
     batch, channels, length = outputs.shape
     side = inputs.shape[-1]
@@ -142,10 +151,12 @@ def add_tile_direct_gpu(
         lags,
         pointer(source, inputs),
         pointer(filter_index, inputs),
+        pointer(None if fan is None else fan.first, inputs),
         side,
         length,
         lags.shape[0],
         channels,
+        1 if fan is None else fan.most,
         outputs.stride(0),
         outputs.stride(2),
         inputs.stride(0),
@@ -153,6 +164,7 @@ def add_tile_direct_gpu(
         lags.stride(0),
         HAS_SOURCE=source is not None,
         HAS_INDEX=filter_index is not None,
+        HAS_FAN=fan is not None,
         DOUBLE=outputs.dtype == torch.float64,
         R=REGISTERS,
         G=groups,
@@ -177,29 +189,37 @@ def tile_direct_traffic(side: int, length: int, size: int = 4) -> dict[str, floa
 
 
 def variants() -> Iterator[Variant]:
-    """What is offered: the storage types, with and without channel maps, for full programs and the smallest."""
+    """What is offered: the storage types, channel maps, pairs, for full programs and the smallest."""
     channels = 18 * 768
-    for dtype, maps, groups, side in (
-        (torch.float32, False, 1, 8),
-        (torch.float32, False, 4, 32),
-        (torch.float32, False, 4, 256),
-        (torch.float32, True, 4, 256),
-        (torch.bfloat16, False, 4, 256),
-        (torch.float16, False, 4, 256),
-        (torch.float64, False, 4, 256),
+    for dtype, how, groups, side in (
+        (torch.float32, "", 1, 8),
+        (torch.float32, "", 4, 32),
+        (torch.float32, "", 4, 256),
+        (torch.float32, " maps", 4, 256),
+        (torch.float32, " pairs", 4, 256),
+        (torch.bfloat16, "", 4, 256),
+        (torch.float16, "", 4, 256),
+        (torch.float64, "", 4, 256),
     ):
+        maps, pairs = bool(how), how == " pairs"
         storage = {torch.bfloat16: "bf16"}.get(dtype, f"fp{8 * dtype.itemsize}")
         cost = tile_direct_traffic(side, side, dtype.itemsize)
         pointers = dict.fromkeys(("p_out", "p_in", "p_lags"), f"*{storage}")
         strides = [a for a in tile_direct_kernel.arg_names if a.startswith("s_")]
-        integers = ["side", "length", "lags", "channels", *strides]
+        integers = ["side", "length", "lags", "channels", "most", *strides]
         yield Variant(
-            name=f"tile_direct U={side} {storage}{' maps' if maps else ''}",
+            name=f"tile_direct U={side} {storage}{how}",
             kernel=tile_direct_kernel,
-            types={**pointers, "p_source": "*i64", "p_index": "*i64", **dict.fromkeys(integers, "i32")},
+            types={
+                **pointers,
+                **dict.fromkeys(("p_source", "p_index", "p_pairs"), "*i64"),
+                **dict.fromkeys(integers, "i32"),
+            },
             constants={
+                **({} if pairs else {"most": 1}),
                 "HAS_SOURCE": maps,
                 "HAS_INDEX": maps,
+                "HAS_FAN": pairs,
                 "DOUBLE": dtype == torch.float64,
                 "R": REGISTERS,
                 "G": groups,

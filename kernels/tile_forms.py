@@ -65,12 +65,19 @@ def launches(form: str, side: int, channels: int, kept: bool = False, batch: int
 
 
 def fastest(
-    rates: Rates, side: int, length: int, dtype: torch.dtype, device: torch.device, kept: bool = False
+    rates: Rates,
+    side: int,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kept: bool = False,
+    fan: float = 1,
 ) -> str:
     """The form of least predicted time, launches aside.
 
-    Tiles that keep spectra are judged as if each met two blocks: so all of a side take one form.
+    Tiles that keep spectra are judged as if each met two blocks: so all of a side take one form. fan: how many inputs
+    a channel reads on average: each costs as a block of its own does.
     """
-    blocks = 2 if kept else 1
+    blocks = fan * (2 if kept else 1)
     forms = offered(side, dtype, device)
     return min(forms, key=lambda form: rates.seconds(**traffic(form, side, length, blocks, kept)))

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fi_compile.kernels.channels import Fan
 from fi_compile.kernels.gpu import PRECISION, Variant, dot_precision, pointer
 from fi_compile.kernels.monarch import (
     LARGE,
@@ -37,7 +38,16 @@ from fi_compile.kernels.stream_kept import (
     stream_meet_kernel,
 )
 from fi_compile.kernels.tile_stream import ROWS
-from fi_compile.kernels.transforms import add_to_rows, dot_pair, enter, leave, load_pair, load_rows, times
+from fi_compile.kernels.transforms import (
+    add_to_rows,
+    dot_pair,
+    enter,
+    leave,
+    load_pair,
+    load_rows,
+    read_pair,
+    times,
+)
 
 
 def split_of(spectra: Tensor) -> Split | Stream:
@@ -100,11 +110,13 @@ def meet_kernel(
     p_second,
     p_source,
     p_index,
+    p_pairs,
     oldest,
     count,
     rows,
     length,
     channels,
+    most,
     s_ring,
     s_ring_b,
     s_spectra,
@@ -112,6 +124,7 @@ def meet_kernel(
     s_out_t,
     HAS_SOURCE: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    HAS_FAN: tl.constexpr,
     H: tl.constexpr,
     N: tl.constexpr,
     BC: tl.constexpr,
@@ -121,23 +134,25 @@ def meet_kernel(
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     i_b = tl.program_id(1).to(tl.int64)
     m_c = o_c < channels
-    o_in = tl.load(p_source + o_c, mask=m_c, other=0) if HAS_SOURCE else o_c
-    o_f = tl.load(p_index + o_c, mask=m_c, other=0) if HAS_INDEX else o_c
     o_h, o_n = tl.arange(0, H), tl.arange(0, N)
     o_t = o_h[:, None] * N + o_n[None, :]
-    p_x = p_ring + i_b * s_ring_b + o_in.to(tl.int64)[:, None, None] * (2 * H * N) + o_t[None, :, :]
-    p_s = p_spectra + o_f.to(tl.int64)[:, None, None] * s_spectra + o_t[None, :, :]
-    m = m_c[:, None, None]
     ar = tl.zeros((BC, H, N), tl.float32)
     ai = tl.zeros((BC, H, N), tl.float32)
-    for i in range(count):
-        row = ((oldest + i) % rows).to(tl.int64)
-        x, s = p_x + row * s_ring, p_s + (count - 1 - i) * (2 * H * N)
-        xr, xi = tl.load(x, mask=m, other=0.0), tl.load(x + H * N, mask=m, other=0.0)
-        sr, si = tl.load(s, mask=m, other=0.0), tl.load(s + H * N, mask=m, other=0.0)
-        xr, xi = times(xr, xi, sr, si)
-        ar += xr
-        ai += xi
+    for i_p in range(0, most):
+        o_p, m_p = read_pair(p_pairs, o_c, m_c, i_p, HAS_FAN)
+        o_in = tl.load(p_source + o_p, mask=m_p, other=0) if HAS_SOURCE else o_p
+        o_f = tl.load(p_index + o_p, mask=m_p, other=0) if HAS_INDEX else o_p
+        p_x = p_ring + i_b * s_ring_b + o_in.to(tl.int64)[:, None, None] * (2 * H * N) + o_t[None, :, :]
+        p_s = p_spectra + o_f.to(tl.int64)[:, None, None] * s_spectra + o_t[None, :, :]
+        m = m_p[:, None, None]
+        for i in range(count):
+            row = ((oldest + i) % rows).to(tl.int64)
+            x, s = p_x + row * s_ring, p_s + (count - 1 - i) * (2 * H * N)
+            xr, xi = tl.load(x, mask=m, other=0.0), tl.load(x + H * N, mask=m, other=0.0)
+            sr, si = tl.load(s, mask=m, other=0.0), tl.load(s + H * N, mask=m, other=0.0)
+            xr, xi = times(xr, xi, sr, si)
+            ar += xr
+            ai += xi
     gr, gi = load_pair(p_second, o_n[:, None] * N + o_n[None, :], N * N)
     ar, ai = dot_pair(tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N)), gr, -gi, PRECISION)
     y = leave(ar, ai, p_first, p_twiddle, o_t, H * N, H, N, BC, PRECISION)
@@ -182,13 +197,14 @@ def add_kept_gpu(
     spectra: Tensor,
     source: Tensor | None = None,
     filter_index: Tensor | None = None,
+    fan: Fan | None = None,
 ) -> None:
     """Add to `outputs` what `count` blocks contribute, whose spectra lie in rows oldest, oldest + 1 ... of a ring.
 
     outputs [B, Cout, V <= U], of float32, float16 or bfloat16, channels contiguous; ring: float32 [R, B, Cin, 2, ...],
     as `keep_spectra_gpu` writes it; row R is row 0 again. spectra: [F, D >= count, 2, ...] of `distant_spectra`, the
-    newest block's first. source, filter_index: int64 [Cout] or None (see `channels`). Raises ValueError for what does
-    not fit.
+    newest block's first. source, filter_index: int64 [Cout] or None, of pairs where there is a `fan` (see `channels`).
+    Raises ValueError for what does not fit.
     """
     batch, channels, length = outputs.shape
     how = split_of(spectra)
@@ -200,7 +216,7 @@ def add_kept_gpu(
     if 0 in outputs.shape:
         return
     if isinstance(how, Stream):
-        add_kept_stream(outputs, ring, oldest, count, spectra, how, source, filter_index)
+        add_kept_stream(outputs, ring, oldest, count, spectra, how, source, filter_index, fan)
         return
     meet_kernel[triton.cdiv(channels, how.channels), batch](
         outputs,
@@ -209,11 +225,13 @@ def add_kept_gpu(
         *factors(how.h, how.n, outputs.device),
         pointer(source, outputs),
         pointer(filter_index, outputs),
+        pointer(None if fan is None else fan.first, outputs),
         oldest,
         count,
         len(ring),
         length,
         channels,
+        1 if fan is None else fan.most,
         ring.stride(0),
         ring.stride(1),
         spectra.stride(0),
@@ -221,6 +239,7 @@ def add_kept_gpu(
         outputs.stride(2),
         HAS_SOURCE=source is not None,
         HAS_INDEX=filter_index is not None,
+        HAS_FAN=fan is not None,
         H=how.h,
         N=how.n,
         BC=how.channels,
@@ -287,7 +306,7 @@ def _products(how: Split | Stream) -> float:
 
 
 def variants() -> Iterator[Variant]:
-    """What is offered: every split and every stream, with three blocks, and maps for one of each."""
+    """What is offered: every split and every stream, with three blocks, maps and pairs for one of each."""
     for how in (*SPLITS.values(), *STREAMS.values()):
         streamed = isinstance(how, Stream)
         channels = 64 if streamed else 18 * 768
@@ -295,19 +314,22 @@ def variants() -> Iterator[Variant]:
         sizes = {"A": how.a, "B": how.b, "BR": ROWS} if streamed else {"N": how.n, "BC": how.channels}
         costs = _keep_traffic(how), _meet_traffic(how, 3)
         for kernel, cost in zip(kernels, costs, strict=True):
-            for maps in (False, True) if kernel is kernels[1] and _side(how) in (512, 8192) else (False,):
+            several = kernel is kernels[1] and _side(how) in (512, 8192)
+            for maps in ("", " maps", " pairs") if several else ("",):
                 constants = {"H": how.h, **sizes, "PRECISION": PRECISION["cuda"]}
                 if kernel is kernels[1]:
-                    constants |= {"HAS_SOURCE": maps, "HAS_INDEX": maps}
+                    fan = maps == " pairs"
+                    constants |= {"HAS_SOURCE": bool(maps), "HAS_INDEX": bool(maps), "HAS_FAN": fan}
+                    constants |= {} if fan or streamed else {"most": 1}
                 elif streamed:
                     constants["BR"] = rows_kept(how)
                 names = [a for a in kernel.arg_names if a not in constants]
                 types = {a: "*fp32" if a.startswith("p_") else "i32" for a in names}
-                types |= {a: "*i64" for a in names if a in ("p_source", "p_index")}
+                types |= {a: "*i64" for a in names if a in ("p_source", "p_index", "p_pairs")}
                 # Rings and spectra of all layers are large: their strides need 64 bits.
                 types |= {a: "i64" for a in names if a in ("s_ring", "s_ring_b", "s_spectra", "s_kept_b")}
                 yield Variant(
-                    name=f"{kernel.fn.__name__.removesuffix('_kernel')} U={_side(how)}{' maps' if maps else ''}",
+                    name=f"{kernel.fn.__name__.removesuffix('_kernel')} U={_side(how)}{maps}",
                     kernel=kernel,
                     types=types,
                     constants=constants,

@@ -13,6 +13,17 @@ import triton.language as tl
 
 
 @triton.jit
+def read_pair(p_pairs, o_c, m_c, i_p, HAS_FAN: tl.constexpr):
+    """The i_p-th pair of each channel o_c, and where there is one: the channel itself where no channels meet."""
+    if HAS_FAN:
+        o_p = tl.load(p_pairs + o_c, mask=m_c, other=0) + i_p
+        m_p = o_p < tl.load(p_pairs + o_c + 1, mask=m_c, other=0)
+    else:
+        o_p, m_p = o_c, m_c
+    return o_p, m_p
+
+
+@triton.jit
 def load_pair(p, o, gap):
     """The real parts at offsets o, and the imaginary parts `gap` further on."""
     return tl.load(p + o), tl.load(p + o + gap)

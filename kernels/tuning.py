@@ -19,10 +19,12 @@ from typing import Any
 import torch
 import triton
 
-FORMAT = 1
+FORMAT = 2
 
-# Architecture, channels of all layers together, rows of the batch, inputs of a tile.
-Key = tuple[str, int, int, int]
+# Architecture, channels of all layers together, rows of the batch, side of a tile, blocks of inputs that it meets: one,
+# or two where spectra are kept, of which the newest block's are made by the tile itself.
+Key = tuple[str, int, int, int, int]
+_SIZES = ("channels", "batch", "side", "blocks")
 
 
 def cache_path() -> Path:
@@ -84,7 +86,7 @@ def save(tiles: Mapping[Key, Mapping[str, float]], path: Path | None = None) -> 
     except ValueError:
         known = {}
     entries = [
-        dict(zip(("architecture", "channels", "batch", "side"), key, strict=True), seconds=dict(seconds))
+        dict(zip(("architecture", *_SIZES), key, strict=True), seconds=dict(seconds))
         for key, seconds in sorted({**known, **tiles}.items())
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,7 @@ def _versions() -> dict[str, str]:
 
 def _entry(entry: Any) -> tuple[Key, dict[str, float]]:
     name = entry["architecture"]
-    sizes = tuple(entry[x] for x in ("channels", "batch", "side"))
+    sizes = tuple(entry[x] for x in _SIZES)
     seconds = {str(form): float(s) for form, s in entry["seconds"].items()}
     if not isinstance(name, str) or not all(isinstance(n, int) and n > 0 for n in sizes):
         raise ValueError(f"{name!r} with {sizes}")

@@ -5,13 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from triton.compiler import ASTSource
+from triton.runtime.jit import KernelInterface
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
 from benchmarks import kernels as gate  # noqa: E402
 from benchmarks.offline import ARCHITECTURES, Compiled, compile_variant  # noqa: E402
+from fi_compile.kernels import long_conv_fft, tile_direct, tile_kept  # noqa: E402
 
 BY_NAME = {a.name: a for a in ARCHITECTURES}
 
@@ -45,6 +48,35 @@ def test_a_variant_that_spills_is_seen():
     found = compile_variant(replace(v, constants={**v.constants, "BC": 4}), BY_NAME["sm_90"])
     assert found.spilled > 0
     assert found.flaws[0] == f"spills {found.spilled} bytes"
+
+
+@pytest.mark.parametrize("kernel", sorted({v.kernel.fn.__name__ for v in gate.variants()}))
+def test_sizes_of_one_compile(kernel):
+    """The launcher makes every integer that is 1 a constant, which the interpreter does not."""
+    v = next(v for v in gate.variants() if v.kernel.fn.__name__ == kernel)
+    ones = {name: 1 for name, kind in v.types.items() if not kind.startswith("*")}
+    v = replace(v, constants={**ones, **v.constants}, aligned=())
+    assert compile_variant(v, BY_NAME["sm_90"]).registers
+
+
+def test_grids_are_as_large_as_gpus_admit(monkeypatch):
+    """Of a grid's second and third axes: what is many lies along the first."""
+    grids = []
+    monkeypatch.setattr(KernelInterface, "__getitem__", lambda _, grid: lambda *a, **k: grids.append(grid))
+    channels = 100_000
+    outputs = torch.empty(4096, 1, channels, device="meta").permute(1, 2, 0)
+    for side, form in ((2048, "matrix"), (4096, "stream")):
+        one = tile_kept.distant_spectra(form, torch.empty(1, 2 * side), side, range(1, 2))
+        spectra = torch.empty(channels, *one.shape[1:], device="meta")
+        ring = spectra.view(1, 1, channels, *one.shape[2:])
+        tile_kept.keep_spectra_gpu(ring[0], outputs[..., :side])
+        tile_kept.add_kept_gpu(outputs[..., :side], ring, 0, 1, spectra)
+    tile_direct.add_tile_direct_gpu(outputs[..., :8], outputs[..., :8], outputs[0, :, :16].t())
+    # One filter for all channels of a batch: training.
+    u = torch.empty(channels, 1, 3000, device="meta")
+    long_conv_fft.conv_gpu(u, torch.empty(1, 3000, device="meta"))
+    assert len(grids) > 6
+    assert all(max(grid[1:]) < 1 << 16 for grid in grids)
 
 
 def test_flaws():

@@ -101,6 +101,23 @@ def test_every_form_of_a_tile(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tiles_of_channels_that_meet(dtype):
+    source = torch.randint(CHANNELS, (2 * CHANNELS,), device=DEVICE)
+    target = torch.arange(CHANNELS, device=DEVICE).repeat_interleave(2)
+    filters = rand(2 * CHANNELS, 1 << 14, dtype=dtype).to(DEVICE)
+    tiles = TILES["triton"](filters, source, None, target)
+    history, before = (channels_last(rand(2, CHANNELS, 1 << 14, dtype=dtype, seed=s)) for s in (1, 2))
+    for side in (8, 256, 512, 2048, 4096, 8192):
+        tile, pending = Tile(range(side), range(side, 2 * side)), before.clone()
+        tiles.add(tile, history, pending)
+        expected, y, k = before.double(), history[:, source, :side], filters[:, : 2 * side]
+        sums = convolved(y, k)[..., side : 2 * side].unflatten(1, (CHANNELS, 2)).sum(2)
+        expected[..., side : 2 * side] += sums
+        scale = 2 * y.double().norm(dim=-1).max() * k.double().norm(dim=-1).max() + before.abs().max()
+        assert_close(pending, expected, float(scale), units=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch", [1, 8])
 def test_block_step(batch, dtype):
     from fi_compile.kernels.block_step import block_step

@@ -106,7 +106,7 @@ class FilterBank:
                 f"filters that reach {reach} lags need a capacity of two halves, each of whole blocks and"
                 f" of {reach + SLACK - 1} positions or more; found {self.capacity}"
             )
-        chosen = kernels if target is None else "torch"  # the others know no pairs
+        chosen = "torch" if target is not None and kernels == "native" else kernels  # it knows no pairs
         self.tiles = TILES[chosen](
             self.filters[:, : self.capacity], self.source, self.filter_index, self.target
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fi_compile.errors import FlashinfWarning
-from fi_compile.kernels.channels import chunk_width
+from fi_compile.kernels.channels import Fan, chunk_width
 from fi_compile.schedule import Schedule, Tile
 
 from .tile_work import KeptSpectra, SpectralWork, TileWork, operations_of
@@ -38,9 +38,10 @@ class TritonTiles(TorchTiles):
         from fi_compile.kernels.gpu import H100
         from fi_compile.kernels.monarch import tile_spectrum_gpu, tile_spectrum_stream
 
-        if target is not None:
-            raise ValueError("the Triton kernels serve one input a channel")
-        super().__init__(filters, source, filter_index)
+        super().__init__(filters, source, filter_index, target)
+        # Which pairs an output channel reads, and how many on average.
+        self.fan = Fan.of(target)
+        self.mean = 1 if self.fan is None else self.fan.mean
         self._direct, self._forms, self._by_kept, self._rates = tile_direct, tile_forms, tile_kept, H100
         self._by_form = {
             "matrix": (tile_spectrum_gpu, tile_fft.add_tile_fft_gpu),
@@ -81,31 +82,35 @@ class TritonTiles(TorchTiles):
         """How a tile runs: the fastest of those that are offered."""
         side, length = tile.side, len(tile.outputs)
         place = self.filters.dtype, self.filters.device
-        if self._keeps(tile):
-            return self._forms.fastest(self._rates, side, side, *place, kept=True)
+        kept = self._keeps(tile)
+        # All tiles of a side that keep spectra take one form, as if each were whole and met two blocks.
+        length = side if kept else length
         maps = self.maps[0] if self.maps[0] is not None else self.maps[1]
         channels = self.filters.shape[0] if maps is None else len(maps)
-        key = self._architecture, channels, self._batch, side
-        # What was measured are whole tiles; those at the capacity may be clipped.
-        found = self._measured.fastest(key, self.offered(side)) if length == side else None
-        return found or self._forms.fastest(self._rates, side, length, *place)
+        key = self._architecture, channels, self._batch, side, 2 if kept else 1
+        # What was measured are whole tiles of single inputs; those at the capacity may be clipped.
+        measured = length == side and self.fan is None
+        found = self._measured.fastest(key, self.offered(side)) if measured else None
+        return found or self._forms.fastest(self._rates, side, length, *place, kept, self.mean)
 
     def _keeps(self, tile: Tile) -> bool:
-        """Whether a tile is one of those that meet several blocks, all of whose spectra are kept."""
-        return not tile.alone or tile.gap > 0
+        """Whether spectra of a tile's inputs are kept: where several tiles meet them, or several outputs."""
+        return not tile.alone or tile.gap > 0 or self.fan is not None
 
     def _at_once(self, form: str, tile: Tile) -> bool:
         return super()._at_once(form, tile) if form == "fft" else form != "direct" and not self._keeps(tile)
 
     def add(self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra | None = None) -> None:
         """Add to pending what a tile's inputs in history contribute; `kept` is of use to tiles of several blocks."""
-        self._batch = history.shape[0]  # which form is fastest depends on it; all are right
+        self._batch = history.shape[0]
         super().add(tile, history, pending, KeptSpectra() if kept is None else kept)
 
     def begin(
         self, tile: Tile, history: Tensor, pending: Tensor, kept: KeptSpectra, elements: int | None = None
     ) -> TileWork:
         """The same in pieces, each a launch or two; without `elements` in one for all channels."""
+        # Which form is fastest depends on it; all are right.
+        self._batch = history.shape[0]
         form = self.form(tile)
         if form == "fft":
             return super().begin(tile, history, pending, kept, elements)
@@ -210,16 +215,17 @@ class _Work(SpectralWork):
         self._tiles, self._form, self._kept, self._history = tiles, form, kept, history
         self._outputs = pending[:, :, tile.outputs.start : tile.outputs.stop]
         batch, inputs = history.shape[:2]
-        pairs, missing = pending.shape[1], []
+        outputs, missing = pending.shape[1], []
         if form == "direct":
-            costs = 0.0, 2.0 * batch * len(tile.inputs) * len(tile.outputs)
+            costs = 0.0, 2.0 * batch * len(tile.inputs) * len(tile.outputs) * tiles.mean
         else:
             far = [distance for _, distance in tile.blocks]
             self._spectra = tiles.distant(form, tile.side, range(far[-1], far[0] + 1))
             missing = kept.reserve(tile, [start for start, _ in tile.blocks], self._new_ring())
-            costs = operations_of(tile, batch, fresh=False)
-        width = max(inputs, pairs) if elements is None else chunk_width(2 * tile.side * batch, elements)
-        super().__init__(tile, missing, inputs, pairs, -(-width // _QUANTUM) * _QUANTUM, *costs)
+            forward, combining = operations_of(tile, batch, fresh=False)
+            costs = forward, forward + (combining - forward) * tiles.mean
+        width = max(inputs, outputs) if elements is None else chunk_width(2 * tile.side * batch, elements)
+        super().__init__(tile, missing, inputs, outputs, -(-width // _QUANTUM) * _QUANTUM, *costs)
 
     def _new_ring(self) -> Callable[[int], Tensor]:
         batch, inputs = self._history.shape[:2]
@@ -236,18 +242,18 @@ class _Work(SpectralWork):
         self._tiles._by_kept.keep_spectra_gpu(self._kept.of(self.tile.side, start)[:, first:last], inputs)
 
     def _combine(self, first: int, last: int) -> None:
-        tile, (source, filter_index, _) = self.tile, self._tiles.maps
+        tile, (source, filter_index, _), fan = self.tile, self._tiles.maps, self._tiles.fan
         outputs = self._outputs[:, first:last]
-        places = [None if index is None else index[first:last] for index in (source, filter_index)]
+        # Pairs count from the first of all: what a piece of the outputs reads lies anywhere.
+        mine, fan = (slice(first, last), None) if fan is None else (slice(None), fan.channels(first, last))
+        places = [None if index is None else index[mine] for index in (source, filter_index)]
+        of_inputs = mine if source is None else slice(None)
+        of_filters = mine if filter_index is None else slice(None)
         if self._form == "direct":
-            inputs = self._history[:, :, tile.inputs.start : tile.inputs.stop]
-            lags = self._tiles.lags(tile.gap + len(tile.inputs) + len(tile.outputs))[tile.gap :]
-            inputs = inputs if source is not None else inputs[:, first:last]
-            lags = lags if filter_index is not None else lags[:, first:last]
-            self._tiles._direct.add_tile_direct_gpu(outputs, inputs, lags, *places)
+            inputs = self._history[:, of_inputs, tile.inputs.start : tile.inputs.stop]
+            lags = self._tiles.lags(tile.gap + len(tile.inputs) + len(tile.outputs))[tile.gap :, of_filters]
+            self._tiles._direct.add_tile_direct_gpu(outputs, inputs, lags, *places, fan)
             return
-        ring, spectra = self._kept.ring(tile.side), self._spectra
-        ring = ring if source is not None else ring[:, :, first:last]
-        spectra = spectra if filter_index is not None else spectra[first:last]
+        ring, spectra = self._kept.ring(tile.side)[:, :, of_inputs], self._spectra[of_filters]
         oldest = self._kept.row(tile.side, tile.inputs.start)
-        self._tiles._by_kept.add_kept_gpu(outputs, ring, oldest, len(tile.blocks), spectra, *places)
+        self._tiles._by_kept.add_kept_gpu(outputs, ring, oldest, len(tile.blocks), spectra, *places, fan)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from host_reads import NoHostReads
+from test_pairs import MODELS, WIDTH
 
 import fi_compile
 from corpus import SPELLINGS
 from decoding import EAGER, features, gap, ids, lanes, language_model, module, rounding
-from fi_compile.kernels import block_step, tile_direct, tile_fft, tile_forms
+from fi_compile.kernels import block_step, tile_direct, tile_fft, tile_forms, tile_kept
 from fi_compile.mixers.stack import ConvState, FilterBank
 from fi_compile.mixers.triton_tiles import TritonTiles
 from guarded import rand
@@ -38,6 +39,7 @@ def launches(monkeypatch) -> Counter:
 
     counted(tile_direct, "tile_direct_kernel")
     counted(tile_fft, "tile_fft_kernel")
+    counted(tile_kept, "meet_kernel")
     counted(block_step, "block_step_kernel")
     return count
 
@@ -115,6 +117,18 @@ def test_decoder_equals_the_model(name, launches, without_gradients):
         assert gap(dec.step(sequence[:, t]), plain.step(sequence[:, t])) < 1e-5
     assert launches["tile_direct"] == 7
     assert launches["block_step"] == 50 + 13
+
+
+@pytest.mark.parametrize("name", ["triangular", "in_series"])
+def test_channels_that_meet(name, launches, monkeypatch, without_gradients):
+    monkeypatch.setattr(tile_forms, "LARGEST", 16)
+    monkeypatch.setattr(tile_forms, "torch_traffic", lambda *_: {"reads": math.inf, "writes": 0, "flops": 0})
+    torch.manual_seed(0)
+    model = MODELS[name][0]().eval()
+    double, x = copy.deepcopy(model).double(), features(3, 70, WIDTH).float()
+    dec = fi_compile.decoder(model, x[:, :9], max_length=70, options={**TRITON, "block": 8, "radix": 2})
+    assert rounding(dec, model, double, x, 7) <= 3
+    assert launches == {"block_step": 63, "tile_direct": 6, "meet": 1}
 
 
 def test_steps_and_tiles_read_no_value_on_the_host(launches, without_gradients):

@@ -4,14 +4,17 @@ import pytest
 import torch
 
 from fi_compile.kernels import tile_stream
+from fi_compile.kernels.channels import Fan
 from fi_compile.kernels.tile import tile_reference
 from fi_compile.kernels.tile_kept import add_kept_gpu, distant_spectra, keep_spectra_gpu
 from guarded import assert_close, channels_last, fenced, rand, untouched
 
 MAPS = {
-    "identity": (None, None),
-    "shared": (None, [1, 0, 1]),
-    "both": ([2, 0, 1, 1, 0, 2, 1, 2, 0], [1, 0, 0, 1, 1, 0, 1, 1, 0]),
+    "identity": (None, None, None),
+    "shared": (None, [1, 0, 1], None),
+    "both": ([2, 0, 1, 1, 0, 2, 1, 2, 0], [1, 0, 0, 1, 1, 0, 1, 1, 0], None),
+    "pairs": ([2, 0, 1, 1, 0, 2, 2], [1, 0, 0, 1, 1, 0, 1], [0, 0, 1, 2, 2, 2, 3]),
+    "pairs of ten": ([0, 1, *[0] * 9], [1, 0, *[1, 0, 0] * 3], [0, 0, *range(1, 10)]),
 }
 
 
@@ -28,13 +31,13 @@ def kept_ring(inputs: torch.Tensor, side: int, spectra: torch.Tensor, oldest: in
 
 
 def check(form, batch, side, length, blocks, maps, nearest=1, channels=3, dtype=torch.float32):
-    source, index = (None if m is None else torch.tensor(m) for m in MAPS[maps])
+    source, index, target = (None if m is None else torch.tensor(m) for m in MAPS[maps])
     gap = (nearest - 1) * side
     inputs = rand(batch, channels, blocks * side, dtype=dtype)
     # Lags beyond those a tile reads must not matter; those beyond the filters' end count as zero.
     rho = rand(channels if index is None else 2, (blocks + nearest) * side - 3, dtype=torch.float32, seed=1)
     padded = torch.nn.functional.pad(rho.double(), (0, 3))
-    expected = tile_reference(inputs.double(), padded, length, source, index, gap=gap)
+    expected = tile_reference(inputs.double(), padded, length, source, index, target, gap=gap)
     before = rand(*expected.shape, dtype=dtype, seed=2)
     outputs, around = fenced(before)
     spectra = distant_spectra(form, rho, side, range(nearest, nearest + blocks))
@@ -43,7 +46,7 @@ def check(form, batch, side, length, blocks, maps, nearest=1, channels=3, dtype=
     ring, beside = kept_ring(inputs, side, spectra, oldest % (blocks + 1))
     wide = torch.full((len(rho), blocks + 1, *spectra.shape[2:]), torch.nan)
     wide[:, :blocks] = spectra
-    add_kept_gpu(outputs, ring, oldest % (blocks + 1), blocks, wide, source, index)
+    add_kept_gpu(outputs, ring, oldest % (blocks + 1), blocks, wide, source, index, Fan.of(target))
     scale = inputs.double().norm(dim=-1).max() * rho.double().norm(dim=-1).max() + before.abs().max()
     assert_close(outputs, expected + before.double(), float(scale), units=3)
     assert untouched(around, outputs)
@@ -57,6 +60,7 @@ def check(form, batch, side, length, blocks, maps, nearest=1, channels=3, dtype=
         (3, 200, 199, 3, "both", 1),
         (2, 37, 30, 7, "shared", 2),
         (1, 512, 511, 2, "shared", 3),
+        (3, 100, 99, 2, "pairs", 2),
     ],
 )
 def test_matrix(batch, side, length, blocks, maps, nearest):
@@ -74,12 +78,16 @@ def test_half_precision_storage():
 
 @pytest.mark.parametrize(
     ("side", "length", "maps"),
-    [(4096, 2, "identity"), pytest.param(2100, 3, "both", marks=pytest.mark.slow)],
+    [
+        (4096, 2, "identity"),
+        (2100, 2, "pairs of ten"),
+        pytest.param(2100, 3, "both", marks=pytest.mark.slow),
+    ],
 )
 def test_stream(side, length, maps, monkeypatch):
     # Room for one group of eight channels: with maps, nine channels take two rounds.
     monkeypatch.setattr(tile_stream, "SCRATCH", 1)
-    check("stream", 1, side, length, 2, maps, channels=1 if maps == "identity" else 3)
+    check("stream", 1, side, length, 2, maps, channels={"identity": 1, "both": 3}.get(maps, 2))
 
 
 def test_every_block_takes_part():

@@ -13,6 +13,7 @@ from fi_compile.costs import RADICES, choose_tiling
 from fi_compile.gpu_costs import GpuCosts
 from fi_compile.kernels import tile_forms
 from fi_compile.kernels.block import block_sum
+from fi_compile.kernels.channels import gathered
 from fi_compile.mixers import triton_tiles
 from fi_compile.mixers.reference import convolve
 from fi_compile.mixers.stack import ConvState, FilterBank
@@ -36,16 +37,17 @@ def decode(state, inputs, stop, start=0):
     while (t := state.position + state.dropped) < stop:
         j, u = torch.tensor([state.local]), inputs[:, :, t - start]
         now = u if bank.source is None else u[:, bank.source]
-        z = state.block_pending.index_select(0, j)[0] + bank.skip * now
-        outputs.append(z + block_sum(state.block_inputs, bank.block_table, j, bank.source))
+        terms = bank.skip * now + block_sum(state.block_inputs, bank.block_table, j, bank.source)
+        sums, _ = gathered(terms, bank.target, 0, terms.shape[1])
+        outputs.append(state.block_pending.index_select(0, j)[0] + sums)
         state.block_inputs.index_copy_(0, j, u[None])
         state.advance()
     return torch.stack(outputs, -1)
 
 
-def assert_exact(found, inputs, filters, source=None, index=None):
+def assert_exact(found, inputs, filters, source=None, index=None, fan_in=1):
     filters = filters if index is None else filters[index]
-    expected = convolve(inputs.double(), filters.double(), source, 1)
+    expected = convolve(inputs.double(), filters.double(), source, fan_in)
     scale = inputs.double().norm(dim=-1).max() * filters.double().norm(dim=-1).max()
     error = (found.double() - expected).abs().max()
     assert error <= 3 * torch.finfo(torch.float32).eps * scale, float(error)
@@ -57,6 +59,8 @@ def assert_exact(found, inputs, filters, source=None, index=None):
         (4, False, True),
         (8, False, False),
         (4, True, False),
+        (2, False, "pairs"),
+        (4, True, "pairs"),
         pytest.param(2, True, True, marks=pytest.mark.slow),
     ],
 )
@@ -68,15 +72,20 @@ def test_every_tiling_equals_the_direct_sum(radix, deferred, maps, monkeypatch):
     monkeypatch.setattr(machine_costs, "PIECE_OPERATIONS", 1 << 40)
     length, tiling = 45, {"radix": radix, "deferred": deferred}
     source, index = (SOURCE, INDEX) if maps else (None, None)
-    channels = 3 if maps else 5
+    target, fan_in, channels = None, 1, 3 if maps else 5
+    if maps == "pairs":
+        # Six outputs of two inputs each: pieces of four begin in the middle of the pairs.
+        source, index, fan_in = SOURCE.repeat(3)[:12], INDEX.repeat(3)[:12], 2
+        target = torch.arange(6).repeat_interleave(2)
     inputs = rand(2, channels, length, dtype=torch.float32)
     filters = rand(channels, length, dtype=torch.float32, seed=1)
-    bank = FilterBank(filters, source, index, channels_in=channels, block=8, kernels="triton", **tiling)
+    maps = source, index, target
+    bank = FilterBank(filters, *maps, channels_in=channels, block=8, kernels="triton", **tiling)
     state = ConvState(bank, 2)
     found = decode(state, inputs, 30)
     copy = state.select_rows(torch.tensor([1, 0]))
     found = torch.cat([found, decode(copy, inputs[[1, 0]], length)[[1, 0]]], -1)
-    assert_exact(found, inputs, filters, source, index)
+    assert_exact(found, inputs, filters, source, index, fan_in)
     predicted, forms = bank.predict_bytes(2), {bank.tiles.form(tile) for tile in bank.schedule(0)}
     assert forms == {"matrix"}
     with NoHostReads():

@@ -11,6 +11,8 @@ import torch
 
 from fi_compile.errors import FlashinfWarning
 from fi_compile.kernels import tuning
+from fi_compile.mixers.tile_work import KeptSpectra
+from fi_compile.mixers.tiles import TorchTiles
 from fi_compile.mixers.triton_tiles import TritonTiles
 from fi_compile.schedule import Tile
 
@@ -18,7 +20,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import gpu
 
-KEY = ("interpreted", 2, 1, 32)
+KEY = ("interpreted", 2, 1, 32, 1)
 SECONDS = {"direct": 3e-5, "matrix": 1e-5, "fft": 2e-5}
 
 
@@ -46,7 +48,7 @@ def test_what_was_measured_is_chosen(path):
     assert form() == "matrix"
     # Another side, batch or number of channels, and tiles cut short, were not measured.
     assert form(64) == form(length=5) == form(batch=2) == form(channels=3) == "direct"
-    tuning.save({KEY: {**SECONDS, "fft": 1e-6}, (*KEY[:3], 64): SECONDS})
+    tuning.save({KEY: {**SECONDS, "fft": 1e-6}, (*KEY[:3], 64, 1): SECONDS})
     assert form() == "fft"
     assert form(64) == "matrix"
     # A form that was not measured might be faster.
@@ -64,7 +66,23 @@ def test_a_table_for_channels_through_maps(path):
         ) == ("direct")
 
 
-@pytest.mark.parametrize("change", [{"format": 2}, {"versions": {"torch": "1.0", "triton": "2.0"}}])
+def test_tiles_that_keep_spectra_have_entries_of_their_own(path):
+    """All of a side take one form, whether whole or cut short, for each number of rows its own."""
+    tuning.save({KEY: SECONDS, (*KEY[:4], 2): {**SECONDS, "fft": 1e-6}, (*KEY[:2], 2, 32, 2): SECONDS})
+    tiles = TritonTiles(torch.zeros(2, 256), None, None)
+    found = []
+    for batch, length in ((1, 32), (1, 5), (2, 32)):
+        state = tiles.new_state(batch, 2)
+        tile = Tile(range(64), range(64, 64 + length), 32, reused=True)
+        work = tiles.begin(tile, state, state.clone(), KeptSpectra())
+        found.append((tiles.form(tile), type(work).__module__))
+    assert found == [("fft", TorchTiles.__module__)] * 2 + [("matrix", TritonTiles.__module__)]
+    # Where channels meet nothing was measured.
+    meeting = TritonTiles(torch.zeros(2, 256), None, None, torch.tensor([0, 0]))
+    assert meeting.form(tile) == "direct"
+
+
+@pytest.mark.parametrize("change", [{"format": 1}, {"versions": {"torch": "1.0", "triton": "2.0"}}])
 def test_a_foreign_table_counts_as_none(path, change):
     tuning.save({KEY: SECONDS})
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -72,8 +90,8 @@ def test_a_foreign_table_counts_as_none(path, change):
         warnings.simplefilter("error")
         assert form() == "direct"
     # And is replaced, not mixed with.
-    tuning.save({(*KEY[:3], 64): SECONDS})
-    assert set(tuning.load().tiles) == {(*KEY[:3], 64)}
+    tuning.save({(*KEY[:3], 64, 1): SECONDS})
+    assert set(tuning.load().tiles) == {(*KEY[:3], 64, 1)}
 
 
 def _entry(text: str, **change) -> str:
@@ -125,7 +143,8 @@ def test_the_command_at_toy_sizes(path, tmp_path, monkeypatch, capsys):
     assert found["means nothing"]
     assert not path.exists()
     table = tuning.load(out / "tiles.json").tiles
-    assert set(table) == {("interpreted", 3, batch, side) for batch in (1, 2) for side in (8, 16)}
+    tiles = ((8, 1), (8, 2), (16, 1))
+    assert set(table) == {("interpreted", 3, batch, *tile) for batch in (1, 2) for tile in tiles}
     schemes = {"lazy", "eager", "published", "torch", "flashinf"}
     for kind, more in (("mixers", set()), ("end_to_end", {"naive"})):
         for setting in found[kind]:
