@@ -225,6 +225,16 @@ def test_the_report_says_what_was_chosen_and_predicted():
     assert f"{report.bytes_of_mixing['state']:,} state" in str(report)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_report_says_what_the_analysis_keeps(dtype):
+    """Moved weights always, the weights themselves where they are not in double precision already; samples are few."""
+    model = torch.nn.Sequential(torch.nn.Embedding(5000, 16), torch.nn.Linear(16, 16)).to(dtype)
+    report = decoder(model, ids(2, 9), max_length=200).report
+    copies = (1 if dtype == torch.float64 else 2) * 8 * sum(p.numel() for p in model.parameters())
+    assert copies <= report.analysis_bytes < 1.1 * copies
+    assert f"analysis: {report.analysis_bytes:,} bytes" in str(report)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"block": 0}, {"block": "large"}, {"radix": 1}, {"radix": 2.0}, {"latency": "low"}, {"block": True}],
