@@ -14,7 +14,7 @@ constexpr int kVectorBytes = 32, kAccumulators = 10;  // of 16
 #endif
 constexpr int64_t kMostAtOnce = 8;             // rows of x
 constexpr int64_t kWorthAThread = int64_t(1) << 17;      // multiplications
-constexpr int64_t kReadWorthAThread = int64_t(1) << 14;  // entries of a weight that one row meets
+constexpr int64_t kReadWorthAThread = int64_t(1) << 16;  // entries of a weight that one row meets
 
 // Two vectors folded to halves of one: lanes with the bit `half` are sums within b, the others within a.
 template <int half, typename Vector, size_t... I>
