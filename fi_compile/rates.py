@@ -66,9 +66,18 @@ def measure_rates(native: bool = False) -> Rates:
         data, make = torch.randn(3, _VALUES), LaneTiles if native else TorchTiles
         one, three = ([_time_tile(make, data, side, blocks) for side in BUILTIN.sides] for blocks in (1, 3))
         block = tuple(max(0.0, (many - few) / 2) for few, many in zip(one, three, strict=True))
-        moves, others = _time_moves(make, data), (_time_row(), _time_piece(make))
+        column, load = _time_moves(make, data)
         return Rates(
-            BUILTIN.sides, tuple(one), block, _time_direct(), _time_end(make), *moves, *others, native
+            BUILTIN.sides,
+            tuple(one),
+            block,
+            direct=_time_direct(),
+            end=_time_end(make),
+            column=column,
+            load=load,
+            row=_time_row(),
+            piece=_time_piece(make),
+            native=native,
         )
 
 

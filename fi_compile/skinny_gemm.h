@@ -12,7 +12,7 @@ constexpr int kVectorBytes = 64, kAccumulators = 24;  // of 32 registers
 #else
 constexpr int kVectorBytes = 32, kAccumulators = 10;  // of 16
 #endif
-constexpr int64_t kMostAtOnce = 8;             // rows of x
+constexpr int64_t kMostAtOnce = 8;                       // rows of x
 constexpr int64_t kWorthAThread = int64_t(1) << 17;      // multiplications
 constexpr int64_t kReadWorthAThread = int64_t(1) << 16;  // entries of a weight that one row meets
 

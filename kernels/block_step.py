@@ -10,6 +10,7 @@ at every position, and rows from it on are not read.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -160,18 +161,9 @@ def _on_gpu(
     return block_step_gpu(pending, inputs, table, local, source, fan=fan)
 
 
-def _on_cpu(
-    pending: Tensor,
-    inputs: Tensor,
-    table: Tensor,
-    local: Tensor,
-    source: Tensor | None,
-    first: Tensor | None,
-    most: int,
-) -> Tensor:
-    if interpreted():
-        return _on_gpu(pending, inputs, table, local, source, first, most)
-    return block.block_step(pending, inputs, table, local, source, first)
+def _on_cpu(*operands: Any) -> Tensor:
+    """As `_on_gpu`; torch's form needs no bound on the pairs of a channel, which comes last."""
+    return _on_gpu(*operands) if interpreted() else block.block_step(*operands[:-1])
 
 
 _library.impl("block_step", _on_cpu, "CPU")

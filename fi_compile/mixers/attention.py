@@ -59,11 +59,10 @@ def with_queries_apart(program: Program) -> Program:
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
-        query = shared.get(node)
-        new = (
-            graph.node_copy(node, copied.__getitem__) if query is None else _apart(graph, node, query, copied)
-        )
-        copied[node] = new
+        if node in shared:
+            copied[node] = _apart(graph, node, shared[node], copied)
+        else:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
     graph.lint()
     return replace(program, module=fx.GraphModule(nn.Module(), graph))
 
