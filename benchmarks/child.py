@@ -86,7 +86,7 @@ def memory(width: int, layers: int, length: int) -> dict[str, Any]:
         "making": making,
         "start": start,
         "generating": generating,
-        "predicted": sum(report.bytes_of_mixing.values()) + report.analysis_bytes,
+        "predicted": sum(report.bytes_of_mixing.values()),
         "state": decoder.state_bytes,
         "history": 4 * length * sum(m.channels or 0 for m in report.mixers if m.kind == "long_conv"),
         "check": check,

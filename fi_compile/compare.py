@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .passes.propose_consistency import agrees, axes_of, sample_lengths
 from .program import Kind, Program
-from .twin import random_sequence, twin_values, widen, widen_call
+from .twin import MovedValues, random_sequence, widen, widen_call
 
 _SCALES = (1, 8)  # of features: what is cut off at large values shows
 _MOST_COMPARED = 512  # lengths below the traced range at which model and graph are compared
@@ -65,7 +65,7 @@ def same_function(found: Program, program: Program) -> bool:
     """Whether a program that was written anew computes what it did, in double precision on random input."""
     n = sample_lengths(program)[0]
     sequence = random_sequence(program, 3 if not isinstance(program.batch, int) else program.batch, n, seed=0)
-    values = twin_values(program, perturb=0)
+    values = MovedValues(program, seed=0)
     results = []
     for each in (found, program):
         outputs = [o for o in each.outputs if isinstance(o, fx.Node)]
@@ -123,7 +123,7 @@ def _moved_disagreements(
     nodes = [o for o in program.outputs if isinstance(o, fx.Node)]
     moved = {
         name: value.to(program.values[name].dtype)
-        for name, value in twin_values(program, perturb=1, share=share).items()
+        for name, value in MovedValues(program, seed=1, share=share).items()
     }
     named = {str(i.path): moved[i.name] for i in program.inputs if i.kind is Kind.PARAMETER}
 

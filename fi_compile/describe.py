@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import fx
 
 from .derive import Derived
 from .lane import Lane
@@ -43,7 +42,6 @@ def describe(engine: Engine) -> Report:
         bytes_of_mixing=derived.bank.predict_bytes() if derived.bank is not None else {},
         certificate=tuple(engine.proof.steps),
         state_bytes=Lane(derived, engine.rows).state_bytes // engine.rows,
-        analysis_bytes=_analysis_bytes(engine),
         capacity=engine.capacity,
         notes=(
             *_given_up(derived),
@@ -55,15 +53,6 @@ def describe(engine: Engine) -> Report:
             ),
         ),
     )
-
-
-def _analysis_bytes(engine: Engine) -> int:
-    """Of all that the analysis keeps beside the model's own tensors."""
-    kept = [engine.analysis.parameters, engine.double_values, *engine.analysis.values.values()]
-    tensors = [v for held in kept for v in pytree.tree_leaves(list(held.values())) if isinstance(v, Tensor)]
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    own = {value.untyped_storage().data_ptr() for value in engine.program.values.values()}
-    return sum(size for place, size in sizes.items() if place not in own)
 
 
 def _given_up(derived: Derived) -> tuple[str, ...]:

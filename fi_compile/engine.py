@@ -21,7 +21,6 @@ from .describe import describe
 from .dynamo import SequenceModule
 from .errors import CapacityError, InputError, Refusal, Unsupported
 from .falsify import check_finite, check_step, rows_apart
-from .inputs import same_bits
 from .lane import Lane
 from .lower import CompiledStep
 from .mixers.convolution import LONGEST_WINDOW, Convolution, FilterGrew, verify
@@ -45,7 +44,7 @@ from .rewritten import rewritten
 from .settle import Settled, is_affine
 from .step import StepProgram
 from .text import program_text
-from .twin import twin_values
+from .twin import TwinValues
 from .units import Plan, Unit
 from .weights import WeightWatch
 
@@ -91,6 +90,7 @@ class Engine:
     def _analyse(self) -> None:
         self._timed("trace", lambda: None, program=self.program, rewrites=0)
         self.analysis: Consistency = propose_consistency(self.program)
+        self.double_values: TwinValues = self.analysis.parameters.wide
         self.proof: Proof = self._prove(self.capacity)
         self.verdict = "numerically bounded" if self._dropped else "proved"
         if not self._all_certified():
@@ -113,6 +113,11 @@ class Engine:
             lambda: self.raised(derived),
             rewrites=sum(m.reference is not None for m in derived.step.mixers),
         )
+
+    def _forget(self) -> None:
+        """Let go of what only the analysis needs: as much again as the weights, twice, and tables of positions."""
+        self.analysis.forget()
+        self.double_values.forget()
 
     def _end_with_certificate(self, prove: Callable[[int], Proof]) -> None:
         """Stop where the certificate does, if nobody asked for more; else say how far it reaches."""
@@ -196,17 +201,6 @@ class Engine:
             )
             raise Unsupported(*(self.proof.refusals or [unproved]))
 
-    @cached_property
-    def double_values(self) -> dict[str, Tensor]:
-        """The program's inputs in double precision; long tables are not kept twice, where the analysis has them."""
-        known = self.analysis.parameters
-
-        def once(name: str, value: Tensor) -> Tensor:
-            other = known.get(name, value)
-            return other if other.dtype == value.dtype and same_bits(other, value) else value
-
-        return {name: once(name, value) for name, value in twin_values(self.program).items()}
-
     def _timed(
         self, name: str, run: Callable[[], Any], *, rewrites: int, program: Program | None = None
     ) -> Any:
@@ -261,7 +255,9 @@ class Engine:
     @cached_property
     def rows_independent(self) -> bool:
         """Whether each row of every output depends on the same row of the sequence only."""
-        return self.proof.rows_independent and rows_apart(self.analysis, self.plan)
+        apart = self.proof.rows_independent and rows_apart(self.analysis, self.plan)
+        self._forget()
+        return apart
 
     @property
     def is_native(self) -> bool:
@@ -344,6 +340,7 @@ class Engine:
                 keep_history=self.options.keep_history,
             )
             self._keep_one_copy(self._derived[key])
+            self._forget()
         return self._derived[key]
 
     def _keep_one_copy(self, derived: Derived) -> None:
@@ -405,11 +402,13 @@ class Engine:
             twin = copy.copy(self)
             twin.traced, twin.program = traced, program
             twin._derived, twin._raised, twin._filters = {}, {}, {}
-            for stale in ("double_values", "report"):
-                twin.__dict__.pop(stale, None)
+            twin.double_values = TwinValues(program)
+            twin.__dict__.pop("report", None)
             try:
                 raised = twin.raised(twin.derived(twin.rows))
-                if twin._still_holds(self.capacity):
+                holds = twin._still_holds(self.capacity)
+                twin._forget()
+                if holds:
                     now = {s.name: raised if s.name == "raise" else program for s in self.snapshots}
                     twin.snapshots = [replace(s, run=now[s.name].run) for s in self.snapshots]
                     return twin

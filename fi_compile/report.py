@@ -73,7 +73,6 @@ class Report:
 
     ``tiling``: what was chosen for the long convolutions and the seconds a token it is predicted to take.
     ``bytes_of_mixing``: what they keep for one sequence at the capacity, and of their filters, by what it is.
-    ``analysis_bytes``: kept once for all sequences, in double precision: weights, tables, values on samples.
     """
 
     verdict: str  # proved, numerically bounded or refused
@@ -85,7 +84,6 @@ class Report:
     bytes_of_mixing: Mapping[str, int] = field(default_factory=dict)
     certificate: tuple[Any, ...] = field(default=(), repr=False)
     state_bytes: int = 0
-    analysis_bytes: int = 0
     capacity: int = 0
     notes: tuple[str, ...] = ()
 
@@ -109,10 +107,7 @@ class Report:
                 + _indent("\nbytes: " + ", ".join(f"{n:,} {of}" for of, n in self.bytes_of_mixing.items()))
             )
         if self.capacity:
-            parts.append(
-                f"state: {self.state_bytes:,} bytes a sequence at {self.capacity:,} positions\n"
-                f"analysis: {self.analysis_bytes:,} bytes, once"
-            )
+            parts.append(f"state: {self.state_bytes:,} bytes a sequence at {self.capacity:,} positions")
         if self.snapshots:
             lines = [f"{s.name}: {s.rewrites} rewrites, {s.milliseconds:.1f} ms" for s in self.snapshots]
             parts.append("passes\n" + _indent("\n".join(lines)))

@@ -33,7 +33,7 @@ from .program import (
     sizes,
 )
 from .rules.triangles import VERY_LOW
-from .twin import twin_values, widen, widen_call
+from .twin import TwinValues, widen, widen_call
 
 aten = torch.ops.aten
 _SOFTMAXES = ("softmax", "_softmax")
@@ -183,7 +183,7 @@ class _Baring:
             return None
         if any(s.kind is Kind.PARAMETER and program.nodes[s.name] in behind for s in program.inputs):
             return None  # new weights would have to be asked again
-        for rewrite, of in ((widen_call, twin_values(program)), (None, program.values)):
+        for rewrite, of in ((widen_call, TwinValues(program)), (None, program.values)):
             value = _table(program, table, program.example.shape[1], of, rewrite)
             if not bool((value[..., 1:, 1:] == value[..., :-1, :-1]).all()):
                 return None
@@ -228,7 +228,7 @@ class _Baring:
         program = self.program
         if any(s.kind is Kind.PARAMETER and program.nodes[s.name] in _behind(node) for s in program.inputs):
             return False  # new weights would have to be asked again
-        values = twin_values(program)
+        values = TwinValues(program)
         longest, lengths = self.longest(node), sample_lengths(program)
         if longest is None or longest < 2 or len(lengths) < 2:
             return False

@@ -6,6 +6,7 @@ for a rounding error, nor the other way round.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,27 +63,65 @@ class _WidenCall:
 widen_call = _WidenCall()
 
 
-def twin_values(program: Program, *, perturb: int | None = None, share: float = 0.3) -> dict[str, Tensor]:
-    """The program's inputs in double precision, without the sequence.
+class TwinValues(Mapping[str, Tensor]):
+    """The program's inputs in double precision, without the sequence, each made where it is first asked for.
 
-    With a seed in ``perturb``, floating parameters are moved by a ``share`` of their size, so that a parameter
-    that happens to be zero, one or symmetric cannot hide what the program does with it.
+    ``forget`` lets go of what was made; asked for again, it is made from what the program's inputs are then.
     """
-    values = {name: widen(value) for name, value in program.values.items()}
-    if perturb is None:
-        return values
-    generator = torch.Generator().manual_seed(perturb)
-    for spec in program.inputs:
-        value = values.get(spec.name)
-        if (
-            spec.kind is Kind.PARAMETER
-            and value is not None
-            and (value.is_floating_point() or value.is_complex())
-        ):
-            size = value.abs().square().mean().sqrt().clamp_min(0.05).item()
-            noise = torch.randn(value.shape, dtype=value.dtype, generator=generator)
-            values[spec.name] = value + share * size * noise.to(value.device)
-    return values
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.program.values)
+
+    def __len__(self) -> int:
+        return len(self.program.values)
+
+    def _make(self, name: str) -> Tensor:
+        return widen(self.program.values[name])
+
+    def forget(self) -> None:
+        """Let go of what was made."""
+        self._made.clear()
+
+
+class MovedValues(TwinValues):
+    """The same with floating parameters moved by a ``share`` of their size.
+
+    So a parameter that happens to be zero, one or symmetric cannot hide what the program does with it. ``wide``: those
+    that are not moved, which the others are shared with.
+    """
+
+    def __init__(self, program: Program, *, seed: int, share: float = 0.3) -> None:
+        super().__init__(program)
+        self.wide, self.seed, self.share = TwinValues(program), seed, share
+        self._places = {i.name: place for place, i in enumerate(program.inputs) if i.kind is Kind.PARAMETER}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return super().__getitem__(name) if self._moves(name) else self.wide[name]
+
+    def _moves(self, name: str) -> bool:
+        value = self.program.values[name]
+        return name in self._places and (value.is_floating_point() or value.is_complex())
+
+    def _make(self, name: str) -> Tensor:
+        value = super()._make(name)
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self._places[name])
+        size = value.abs().square().mean().sqrt().clamp_min(0.05).item()
+        noise = torch.randn(value.shape, dtype=value.dtype, generator=generator)
+        return value + self.share * size * noise.to(value.device)
+
+    def forget(self) -> None:
+        """Let go of what was made, moved or not."""
+        super().forget()
+        self.wide.forget()
 
 
 def random_sequence(program: Program, batch: int, length: int, *, seed: int, double: bool = True) -> Tensor:

@@ -8,14 +8,14 @@ what computing it twice would give, and the certificate may lean on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, fx
 
 from fi_compile.passes.propose_consistency import Consistency, narrowed
 from fi_compile.program import is_tensor
-from fi_compile.twin import twin_values, widen_call
+from fi_compile.twin import TwinValues, widen_call
 
 _ROUNDING = 1e-12  # of the table's norm
 _MOST_LENGTHS = 20_000
@@ -33,7 +33,7 @@ def bound_tables(
     lengths = [int(n) for n in program.lengths.upto(capacity)]
     if not lengths or len(lengths) > _MOST_LENGTHS:
         return {}
-    values = twin_values(program)
+    values = TwinValues(program)
     return {
         node: bound
         for node in _unproved_tables(analysis, is_proved)
@@ -55,7 +55,7 @@ def _unproved_tables(analysis: Consistency, is_proved: Callable[[fx.Node], bool]
     ]
 
 
-def _spread(analysis: Consistency, node: fx.Node, lengths: list[int], values: dict[str, Tensor]) -> float:
+def _spread(analysis: Consistency, node: fx.Node, lengths: list[int], values: Mapping[str, Tensor]) -> float:
     program, rows = analysis.program, analysis.axes[node].rows
 
     def at(length: int) -> Tensor:

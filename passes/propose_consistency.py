@@ -6,7 +6,7 @@ checked on the float64 twin at a few awkward lengths; the static certificate is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from fi_compile.errors import Refusal, Unsupported
 from fi_compile.facts import LARGE
 from fi_compile.program import Program, as_expr, is_integer, is_tensor, source_of
-from fi_compile.twin import random_sequence, twin_values, widen_call
+from fi_compile.twin import MovedValues, random_sequence, widen_call
 
 _BATCH = 3
 _TOLERANCE = 1e-11  # of a value's scale; true noise of the twin stays under 4e-14
@@ -49,8 +49,8 @@ class Consistency:
     axes: Mapping[fx.Node, Axes]
     consistent: frozenset[fx.Node]
     lengths: tuple[int, ...]
-    values: Mapping[int, Mapping[fx.Node, Any]]
-    parameters: Mapping[str, Tensor]
+    values: Samples
+    parameters: MovedValues
 
     def restricted(self, keep: Callable[[fx.Node], bool]) -> Consistency:
         """The same with only the consistent nodes that ``keep`` admits too (those with a certificate)."""
@@ -60,6 +60,40 @@ class Consistency:
     def longest(self) -> int:
         """The longest sampled length."""
         return max(self.lengths)
+
+    def forget(self) -> None:
+        """Let go of values in double precision; they are made again where they are asked for."""
+        self.values.made.clear()
+        self.parameters.forget()
+
+
+class Samples(Mapping[int, Mapping[fx.Node, Any]]):
+    """What every node of the twin is on a random sequence, by its length; ``made`` where it was asked for."""
+
+    def __init__(self, program: Program, parameters: MovedValues, lengths: tuple[int, ...]) -> None:
+        self.program, self.parameters, self.lengths = program, parameters, lengths
+        self.made: dict[int, Mapping[fx.Node, Any]] = {}
+
+    def __getitem__(self, length: int) -> Mapping[fx.Node, Any]:
+        if length not in self.lengths:
+            raise KeyError(length)
+        if length not in self.made:
+            program = self.program
+            sequence = random_sequence(program, _batch_of(program), length, seed=self.parameters.seed)
+            try:
+                with torch.no_grad():
+                    self.made[length] = program.evaluate(sequence, self.parameters, rewrite=widen_call)
+            except Exception as error:
+                raise Unsupported(
+                    Refusal("runtime", f"the traced graph fails at length {length}: {error}")
+                ) from error
+        return self.made[length]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
 
 def propose_consistency(program: Program, *, seed: int = 0) -> Consistency:
@@ -81,17 +115,8 @@ def _outputs_agree(found: Consistency) -> bool:
 
 def _interpreted(program: Program, seed: int, share: float) -> Consistency:
     lengths = sample_lengths(program)
-    parameters = twin_values(program, perturb=seed, share=share)
-    values = {}
-    with torch.no_grad():
-        for n in lengths:
-            sequence = random_sequence(program, _batch_of(program), n, seed=seed)
-            try:
-                values[n] = program.evaluate(sequence, parameters, rewrite=widen_call)
-            except Exception as error:
-                raise Unsupported(
-                    Refusal("runtime", f"the traced graph fails at length {n}: {error}")
-                ) from error
+    parameters = MovedValues(program, seed=seed, share=share)
+    values = Samples(program, parameters, lengths)
     axes = {node: axes_of(program, node) for node in program.graph.nodes if is_tensor(node)}
     consistent = frozenset(
         node for node, where in axes.items() if where.fixed and _is_consistent(node, where, lengths, values)
