@@ -1,13 +1,14 @@
 """Mixing alone: all long convolutions of a model of C channels, position by position, each way it can be done.
 
-flashinf's state machine runs every position. The others are so slow that their pieces are timed one by one, at sampled
-positions, and multiplied by how often each is run; every piece is compared with float64 at the size it is timed at.
+flashinf's state machine and the published schedule run every position, in turns. The others are so slow that their
+pieces are timed one by one, at sampled positions, and multiplied by how often each is run; every piece is compared with
+float64 at the size it is timed at.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from .setup import Bench
 
 ORDERS = (16, 64)
 _RECURRENCE_CHECKED = 512  # positions
+_TURNS = 3
 
 
 def run(bench: Bench) -> None:
@@ -47,8 +49,7 @@ def measure(bench: Bench, length: int) -> dict[str, tuple[str, float]]:
     bench.say(f"{at}: {channels} filters")
     filters, inputs = hyena_like(channels, length), history(channels, length)
     whole: dict[str, tuple[str, float]] = {}
-    subject, seconds = f"flashinf {at}", measure_flashinf(bench, filters, inputs)
-    whole[Flashinf.name] = subject, seconds
+    check_flashinf(bench, filters, inputs)
     bandwidth, error = read_bandwidth()
     section.check(f"reading {at}", error, 1e-5, "the number of values summed")
     section.figure(f"{at} read bandwidth", bandwidth / 1e9, "GB/s", f"reading {at}")
@@ -69,12 +70,8 @@ def measure(bench: Bench, length: int) -> dict[str, tuple[str, float]]:
         del peer, pieces
         gc.collect()
     _recurrences(bench, filters, whole, at)
-    again, peer = _whole_run(filters, inputs)  # first and last: what drifted in between shows
-    total = (again + seconds) / 2
-    whole[Flashinf.name] = f"flashinf {at}", total
-    chosen = f"base block {peer.tiling.block}, radix {peer.tiling.radix}"
-    note = f"every position run, before and after the others ({max(again / seconds, seconds / again):.2f}×); {chosen}"
-    section.figure(f"{at} flashinf", total, "s", f"flashinf {at}", note=note)
+    peer = _in_turns(bench, filters, inputs, whole, at)
+    total = whole[Flashinf.name][1]
     peer.restart()
     tiles, name = once(peer.run_tiles), f"{at} flashinf, tiles and moving blocks alone"
     section.figure(name, tiles, "s", f"flashinf {at}", note="the rest are sums inside blocks, and calls")
@@ -91,34 +88,46 @@ def measure(bench: Bench, length: int) -> dict[str, tuple[str, float]]:
     return whole
 
 
-def measure_flashinf(bench: Bench, filters: Tensor, inputs: Tensor) -> float:
-    """Check all positions in a few channels, then time them all again."""
+def check_flashinf(bench: Bench, filters: Tensor, inputs: Tensor) -> None:
+    """All positions, in a few channels."""
     channels, length = filters.shape
-    bench.say(f"L={length}: flashinf, every position")
-    peer = Flashinf(filters)
     some = sorted({0, channels // 3, channels // 2, channels - 1})
-    error = gate.check_push(peer, inputs, some)
+    error = gate.check_push(Flashinf(filters), inputs, some)
     bench.section.check(f"flashinf L={length}", error, gate.BOUND, "direct sums in float64")
-    return _time_positions(peer, inputs)
 
 
-def _whole_run(filters: Tensor, inputs: Tensor) -> tuple[float, Flashinf]:
-    peer = Flashinf(filters)
-    _time_positions(peer, inputs)  # makes the spectra
-    return _time_positions(peer, inputs), peer
+def _in_turns(
+    bench: Bench, filters: Tensor, inputs: Tensor, whole: dict[str, tuple[str, float]], at: str
+) -> Flashinf:
+    """flashinf and the schedule it began with, every position of both run, in turns: what drifts meets both."""
+    mine, theirs = Flashinf(filters), Published(filters, inputs)
+    bench.say(f"{at}: {mine.name} and {theirs.name} in turns")
+    error = gate.check_pieces(theirs.pieces(), filters, inputs)
+    bench.section.check(f"{theirs.name} {at}", error, gate.BOUND, "direct sums in float64")
+    rows = inputs.T.contiguous()
 
+    def run(peer: Flashinf | Published, step: Callable[[Tensor], Tensor], rows: Sequence[Tensor]) -> float:
+        peer.restart()
+        return once(lambda: [None for y in rows if step(y) is None])
 
-def _time_positions(peer: Flashinf, inputs: Tensor) -> float:
-    peer.restart()
-    rows = inputs.T.contiguous().split(1)
-    return once(lambda: [None for y in rows if peer.step(y) is None])
+    def run_both() -> tuple[float, float]:
+        return run(mine, mine.step, rows.split(1)), run(theirs, theirs.push, rows.unbind(0))
+
+    run_both()  # which makes the spectra
+    turns = [run_both() for _ in range(_TURNS)]
+    chosen = f"; base block {mine.tiling.block}, radix {mine.tiling.radix}"
+    for peer, seconds, also in zip((mine, theirs), zip(*turns, strict=True), (chosen, ""), strict=True):
+        times, subject = Times(seconds), f"{peer.name} {at}"
+        whole[peer.name] = subject, times.median
+        note = f"every position run, {_TURNS} times in turns ({times.spread:.2f}×){also}"
+        bench.section.figure(f"{at} {peer.name}", times.median, "s", subject, note=note)
+    return mine
 
 
 def _peers(filters: Tensor, inputs: Tensor) -> Iterable[Callable[[], Peer]]:
     yield lambda: Lazy(filters, inputs)
     yield lambda: BlockedLazy(filters, inputs)
     yield lambda: Eager(filters, inputs)
-    yield lambda: Published(filters, inputs)
     for kind in (FutureFill, PartitionedFutureFill):
         yield lambda kind=kind: kind(filters, inputs, best_epoch(kind, filters, inputs))
 

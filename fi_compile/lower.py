@@ -110,9 +110,10 @@ class CompiledStep:
         """Whether the parts, one after another, compute and write what the whole graph does."""
         with torch.inference_mode(False), torch.no_grad():
             ours, theirs = self._trial(example), self._trial(example)
+            tolerance = _tolerance(self.graph_module)
             pairs = [*zip(self.layers.bind(self.runs, ours)(), self.graph_module(*theirs), strict=True)]
             pairs += [(ours[place], theirs[place]) for place in _written(self.graph_module)]
-            return all(_agree(a, b, _tolerance(self.graph_module)) for a, b in pairs)
+            return all(_agree(a, b, tolerance) for a, b in pairs)
 
     def _linked_truly(self, example: list[Tensor]) -> bool:
         """Whether the native parts as one call compute and write what the whole graph does, over some steps."""

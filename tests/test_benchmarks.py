@@ -104,6 +104,14 @@ def test_flashinf_peer_is_exact(length: int):
         peer.restart()
 
 
+def test_published_schedule_begins_anew():
+    filters, inputs = problem(256)
+    peer = Published(filters, torch.full_like(inputs, float("nan")))
+    for _ in range(2):
+        assert gate.check_push(peer, inputs) <= gate.BOUND
+        peer.restart()
+
+
 def test_recurrence_is_that_of_its_filter_and_finds_filters_of_its_order():
     peer = Recurrence.random(CHANNELS, 8)
     peer.filters = modal_filter(*peer.given, 300)

@@ -26,7 +26,6 @@ class Flashinf(Peer):
     """The real state machine: what a decoder's lane does around its step, for every position."""
 
     name = "flashinf"
-    sampled = "every position run"
 
     def __init__(self, filters: Tensor) -> None:
         """The history is the state's own."""

@@ -26,7 +26,6 @@ class Published(Peer):
     """The dyadic schedule without a base block, all channels of all layers in one launch."""
 
     name = "published schedule"
-    sampled = "tiles timed once a size, times their counts"
 
     def __init__(self, filters: Tensor, history: Tensor) -> None:
         super().__init__(filters, history)
@@ -48,6 +47,12 @@ class Published(Peer):
         direct = DirectTile(self.filters, side)
         inputs, outputs = self.filters[:, :side], torch.zeros_like(self.filters[:, :side])
         return min((transform, direct), key=lambda tile: _seconds(lambda: tile.add(inputs, outputs)))
+
+    def restart(self) -> None:
+        """Back to position 0."""
+        self.position = 0
+        self.pending.zero_()
+        self.sums.zero_()
 
     def push(self, y: Tensor) -> Tensor:
         t, self.position = self.position, self.position + 1
