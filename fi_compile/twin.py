@@ -74,9 +74,10 @@ class TwinValues(Mapping[str, Tensor]):
         self._made: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._made:
-            self._made[name] = self._make(name)
-        return self._made[name]
+        value = self._made.get(name)  # another thread may forget it meanwhile
+        if value is None:
+            value = self._made[name] = self._make(name)
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.program.values)

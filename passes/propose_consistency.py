@@ -77,17 +77,20 @@ class Samples(Mapping[int, Mapping[fx.Node, Any]]):
     def __getitem__(self, length: int) -> Mapping[fx.Node, Any]:
         if length not in self.lengths:
             raise KeyError(length)
-        if length not in self.made:
-            program = self.program
-            sequence = random_sequence(program, _batch_of(program), length, seed=self.parameters.seed)
-            try:
-                with torch.no_grad():
-                    self.made[length] = program.evaluate(sequence, self.parameters, rewrite=widen_call)
-            except Exception as error:
-                raise Unsupported(
-                    Refusal("runtime", f"the traced graph fails at length {length}: {error}")
-                ) from error
-        return self.made[length]
+        values = self.made.get(length)  # another thread may forget them meanwhile
+        if values is None:
+            values = self.made[length] = self._evaluated(length)
+        return values
+
+    def _evaluated(self, length: int) -> Mapping[fx.Node, Any]:
+        program = self.program
+        sequence = random_sequence(program, _batch_of(program), length, seed=self.parameters.seed)
+        try:
+            with torch.no_grad():
+                return program.evaluate(sequence, self.parameters, rewrite=widen_call)
+        except Exception as error:
+            refusal = Refusal("runtime", f"the traced graph fails at length {length}: {error}")
+            raise Unsupported(refusal) from error
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.lengths)
