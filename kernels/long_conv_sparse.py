@@ -140,11 +140,16 @@ def sparsify_blocks(
 
 
 def long_conv_sparse(
-    u: Tensor, spectra: SparseSpectra, pre: Tensor | None = None, post: Tensor | None = None
+    u: Tensor,
+    spectra: SparseSpectra,
+    pre: Tensor | None = None,
+    post: Tensor | None = None,
+    precision: str = "float32",
 ) -> Tensor:
     """`post ⊙ (k ∗ (pre ⊙ u))`, [B, C, L], without the dropped frequencies: float32, float16 or bfloat16.
 
-    Has no gradients. Raises ValueError where one is wanted, and for shapes that do not fit the filters.
+    precision: of products on matrix units, see `gpu.PRECISIONS`. Has no gradients. Raises ValueError where one is
+    wanted, for shapes that do not fit the filters, and for a lower precision where there are no matrix units.
     """
     blocks = -(-u.shape[-1] // spectra.side)
     channels = spectra.near.shape[0]
@@ -155,8 +160,14 @@ def long_conv_sparse(
             raise ValueError(f"{name} must have the shape and dtype of u, {list(u.shape)}, {u.dtype}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, pre, post)):
         raise ValueError("a convolution with dropped frequencies has no gradients; use long_conv")
-    form = _on_gpu if runs_on(u.device) else _by_torch
-    return form(u, spectra, pre, post, min(blocks, spectra.reach))
+    reach = min(blocks, spectra.reach)
+    if runs_on(u.device):
+        return _on_gpu(u, spectra, pre, post, reach, precision)
+    if precision != "float32":
+        raise ValueError(
+            f"precision {precision!r} is of a GPU's matrix units, found {u.device}: use 'float32'"
+        )
+    return _by_torch(u, spectra, pre, post, reach)
 
 
 def _by_torch(
@@ -181,7 +192,9 @@ def _by_torch(
     return (y if post is None else y * post.float()).to(u.dtype)
 
 
-def _on_gpu(u: Tensor, spectra: SparseSpectra, pre: Tensor | None, post: Tensor | None, reach: int) -> Tensor:
+def _on_gpu(
+    u: Tensor, spectra: SparseSpectra, pre: Tensor | None, post: Tensor | None, reach: int, precision: str
+) -> Tensor:
     batch, channels, length = u.shape
     # Two launches write it: rounded once, at the end.
     out = u.new_empty(batch, length, channels, dtype=torch.float32).transpose(1, 2)
@@ -189,9 +202,9 @@ def _on_gpu(u: Tensor, spectra: SparseSpectra, pre: Tensor | None, post: Tensor 
         return torch.empty_like(u, memory_format=torch.contiguous_format)
     small = long_conv_fft.SPLITS[has_room(u.device)]
     group = 2 * spectra.side // small.length
-    launch(out, u, spectra_of(spectra.near, group, small), pre, post, small, group)
+    launch(out, u, spectra_of(spectra.near, group, small), pre, post, small, group, precision=precision)
     if reach > 1:
-        launch(out, u, spectra.far, pre, post, spectra.split, columns=spectra.columns)
+        launch(out, u, spectra.far, pre, post, spectra.split, columns=spectra.columns, precision=precision)
     return out.to(u.dtype).contiguous()
 
 

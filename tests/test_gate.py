@@ -81,16 +81,32 @@ def test_grids_are_as_large_as_gpus_admit(monkeypatch):
 
 def test_flaws():
     v = variant("tile_fft U=512")
-    good = Compiled(v, BY_NAME["sm_80"], 255, 0, 166_912, 10, {128: 9, 32: 1})
+    good = Compiled(v, BY_NAME["sm_80"], 255, 0, 166_912, 10, frozenset({"tf32"}), {128: 9, 32: 1})
     assert not good.flaws
     assert good.wide == 0.9
     for change, flaw in (
         ({"shared": 166_913}, "needs 166913 bytes of shared memory of 166912"),
         ({"matrix": 0}, "has 0 matrix instructions"),
+        ({"operands": frozenset({"bf16"})}, "multiplies bf16 on matrix units, tf32 is meant"),
         ({"loads": {32: 9, 128: 1}}, "10% of its loads are wide, 40% are expected"),
         ({"spilled": 8}, "spills 8 bytes"),
     ):
         assert replace(good, **change).flaws == [flaw]
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_precisions_multiply_what_they_say(name):
+    """Three products of TF32 keep float32 accuracy, one is TF32; bfloat16 takes half as many."""
+    full, tf32, bfloat16 = (
+        compile_variant(variant(f"keep U=512{p}"), BY_NAME[name]) for p in ("", " tf32", " bfloat16")
+    )
+    assert full.matrix == (2 if name == "gfx942" else 3) * tf32.matrix
+    assert tf32.matrix == 2 * bfloat16.matrix
+    assert [sorted(c.operands) for c in (full, tf32, bfloat16)] == (
+        [["f32"], ["xf32"], ["bf16"]] if name == "gfx942" else [["tf32"], ["tf32"], ["bf16"]]
+    )
+    assert full.predicted >= tf32.predicted >= bfloat16.predicted
+    assert not [*full.flaws, *tf32.flaws, *bfloat16.flaws]
 
 
 def test_bfloat16_is_summed_in_float32_and_rounded():

@@ -47,6 +47,22 @@ def choose_kernels(option: str, device: torch.device) -> str:
     return "triton"
 
 
+def check_precision(precision: str, kernels: str, dtype: torch.dtype) -> None:
+    """Raise InputError where a lower precision is asked for and nothing would be computed in it."""
+    if precision == "float32":
+        return
+    if kernels != "triton":
+        raise InputError(
+            f"option precision={precision!r} is of matrix units, which Triton kernels use: expected"
+            f" kernels='triton' on a GPU, found {kernels!r}; use precision='float32'"
+        )
+    if dtype == torch.float64:
+        raise InputError(
+            f"option precision={precision!r}: a float64 model computes in float64 throughout; use precision='float32',"
+            " or convert the model"
+        )
+
+
 # Values from which on transposing a matrix is faster than writing columns.
 _MATRIX = 1 << 15
 
