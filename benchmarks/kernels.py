@@ -68,7 +68,7 @@ def variants() -> list[Variant]:
     """Every variant of every kernel, and again in lower precisions where it multiplies matrices."""
     found = [variant for module in MODULES for variant in module.variants()]
     lower = [p for p in PRECISIONS if p != "float32"]
-    return found + [v.at(p) for p in lower for v in found if "PRECISION" in v.constants]
+    return found + [v.at(p) for p in lower for v in found if "PRECISION" in v.constants and p in v.precisions]
 
 
 def digest() -> str:

@@ -108,7 +108,7 @@ class Variant:
     the share of flops that belongs on matrix units. At least the share `wide` of its loads must be 128 bits wide,
     or 64 where storage of two bytes makes it `narrow`; `double` says that it computes in float64. `hip` are
     constants that differ on AMD, `architectures` those it is offered for. `precision`: of products on matrix
-    units.
+    units, of all `precisions` that are offered.
     """
 
     name: str
@@ -127,6 +127,7 @@ class Variant:
     double: bool = False
     hip: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "float32"
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
     architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 
     def at(self, precision: str) -> Variant:

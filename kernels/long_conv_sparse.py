@@ -28,6 +28,8 @@ from fi_compile.kernels.monarch import Split, block_spectrum, has_room
 # On sm_90 and sm_100, and elsewhere. Columns come in sixteens.
 SPLITS = {True: Split(32, 32, 4, 8, narrow=False), False: Split(16, 32, 4, 8)}
 COLUMNS = 16
+# In TF32 the larger split would spill on sm_100.
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def long_conv_sparse(
 ) -> Tensor:
     """`post ⊙ (k ∗ (pre ⊙ u))`, [B, C, L], without the dropped frequencies: float32, float16 or bfloat16.
 
-    precision: of products on matrix units, see `gpu.PRECISIONS`. Has no gradients. Raises ValueError where one is
+    precision: of products on matrix units, one of PRECISIONS. Has no gradients. Raises ValueError where one is
     wanted, for shapes that do not fit the filters, and for a lower precision where there are no matrix units.
     """
     blocks = -(-u.shape[-1] // spectra.side)
@@ -160,6 +162,8 @@ def long_conv_sparse(
             raise ValueError(f"{name} must have the shape and dtype of u, {list(u.shape)}, {u.dtype}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, pre, post)):
         raise ValueError("a convolution with dropped frequencies has no gradients; use long_conv")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
     reach = min(blocks, spectra.reach)
     if runs_on(u.device):
         return _on_gpu(u, spectra, pre, post, reach, precision)
@@ -250,5 +254,6 @@ def variants() -> Iterator[Variant]:
             by_dot=dots / (dots + others),
             # Sixteen columns a row are less than a warp wants.
             wide=0.2,
+            precisions=PRECISIONS,
             architectures=architectures,
         )

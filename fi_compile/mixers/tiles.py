@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fi_compile.errors import InputError
 from fi_compile.extension import lanes
-from fi_compile.kernels.channels import chunk_width, take, transform
+from fi_compile.kernels.channels import chunk_width, on_host, take, transform
 from fi_compile.kernels.tile import add_products, add_tile_direct, add_tile_fft, tile_cost, tile_spectrum
 from fi_compile.schedule import Schedule, Tile
 
@@ -81,6 +81,8 @@ class TorchTiles:
         target: Tensor | None = None,
     ):
         self.filters, self.maps = filters, (source, filter_index, target)
+        if target is not None:
+            on_host(target)
         self._made: dict[tuple[str, int, int], Tensor] = {}
 
     def new_state(self, batch: int, channels: int) -> Tensor:
