@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 768])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--length", type=int, default=1 << 18, help="the most positions")
-    parser.add_argument("--end-to-end", type=int, default=1 << 17, help="the most positions of whole models")
+    parser.add_argument("--end-to-end", type=int, default=1 << 18, help="the most positions of whole models")
     parser.add_argument("--repeats", type=int, default=5, help="timings of which the median counts")
     parser.add_argument("--table", type=Path, help="the table of tiles, where not in the cache directory")
     parser.add_argument(

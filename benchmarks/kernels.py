@@ -119,9 +119,13 @@ def document(sections: Iterable[str]) -> str:
     return "\n".join([introduction, *sections, prediction()])
 
 
-def compiled_for(architecture: Architecture, only: str = "") -> list[Compiled]:
-    """Every variant that is offered for an architecture, compiled."""
-    offered = [v for v in variants() if architecture.name in v.architectures and only in v.name]
+def compiled_for(architecture: Architecture, only: str = "", precision: str | None = None) -> list[Compiled]:
+    """Every variant that is offered for an architecture, in all precisions or in one, compiled."""
+    offered = [
+        v
+        for v in variants()
+        if architecture.name in v.architectures and only in v.name and precision in (None, v.precision)
+    ]
     return [compile_variant(v, architecture) for v in offered]
 
 

@@ -1,5 +1,6 @@
 """The static gate: what Triton kernels compile to for GPUs that are not here."""
 
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ sys.path.append(str(ROOT))
 from benchmarks import kernels as gate  # noqa: E402
 from benchmarks.offline import ARCHITECTURES, Compiled, compile_variant  # noqa: E402
 from fi_compile.kernels import long_conv_fft, tile_direct, tile_kept  # noqa: E402
+from fi_compile.kernels.gpu import PRECISIONS  # noqa: E402
 
 BY_NAME = {a.name: a for a in ARCHITECTURES}
 
@@ -33,14 +35,25 @@ def test_table_is_of_these_kernels():
     assert gate.prediction() in text
 
 
+QUICK = "sm_90", "float32"
+
+
 # The others take as long each; the digest says that they were compiled.
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "sm_90" else pytest.mark.slow) for n in BY_NAME]
+    ("name", "precision"),
+    [
+        pytest.param(*place, marks=() if place == QUICK else pytest.mark.slow)
+        for place in itertools.product(BY_NAME, PRECISIONS)
+    ],
 )
-def test_every_variant_passes(name):
-    compiled = gate.compiled_for(BY_NAME[name])
+def test_every_variant_passes(name, precision):
+    compiled = gate.compiled_for(BY_NAME[name], precision=precision)
     assert not {c.variant.name: c.flaws for c in compiled if c.flaws}
-    assert gate.section(BY_NAME[name], compiled) in gate.DOCUMENT.read_text()
+    heading, *rows = gate.section(BY_NAME[name], compiled).split("\n| ")
+    found = gate.DOCUMENT.read_text().partition(heading)[2].partition("\n## ")[0].splitlines()
+    assert [line for line in found if line in {f"| {row.strip()}" for row in rows}] == [
+        f"| {row.strip()}" for row in rows
+    ]
 
 
 def test_a_variant_that_spills_is_seen():
