@@ -197,7 +197,12 @@ def _by_torch(
 
 
 def _on_gpu(
-    u: Tensor, spectra: SparseSpectra, pre: Tensor | None, post: Tensor | None, reach: int, precision: str
+    u: Tensor,
+    spectra: SparseSpectra,
+    pre: Tensor | None,
+    post: Tensor | None,
+    reach: int,
+    precision: str = "float32",
 ) -> Tensor:
     batch, channels, length = u.shape
     # Two launches write it: rounded once, at the end.

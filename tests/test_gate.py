@@ -15,7 +15,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks import kernels as gate  # noqa: E402
 from benchmarks.offline import ARCHITECTURES, Compiled, compile_variant  # noqa: E402
-from fi_compile.kernels import long_conv_fft, tile_direct, tile_kept  # noqa: E402
+from fi_compile.kernels import long_conv_fft, long_conv_gradient, tile_direct, tile_kept  # noqa: E402
 from fi_compile.kernels.gpu import PRECISIONS  # noqa: E402
 
 BY_NAME = {a.name: a for a in ARCHITECTURES}
@@ -88,7 +88,8 @@ def test_grids_are_as_large_as_gpus_admit(monkeypatch):
     # One filter for all channels of a batch: training.
     u = torch.empty(channels, 1, 3000, device="meta")
     long_conv_fft.conv_gpu(u, torch.empty(1, 3000, device="meta"))
-    assert len(grids) > 6
+    long_conv_gradient.filter_gradient_gpu(*[torch.empty(1, 400_000, 600, device="meta")] * 2, 600)
+    assert len(grids) > 7
     assert all(max(grid[1:]) < 1 << 16 for grid in grids)
 
 
