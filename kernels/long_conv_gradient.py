@@ -81,7 +81,7 @@ def filter_gradient_kernel(
             tl.load(p, mask=m, other=0.0).to(tl.float32), p_first, p_twiddle, o_t, H * N, H, N, BC, PRECISION
         )
         o_k += H * N
-        p += s_grad_t.to(tl.int64) * (H * N)
+        p = p_grad + i_b * s_grad_b + o_k[:, :, None] * s_grad_t + o_w[None, None, :] * s_grad_c
         m = (o_k < length)[:, :, None] & m_c[None, None, :]
         vr, vi = enter(
             tl.load(p, mask=m, other=0.0).to(tl.float32), p_first, p_twiddle, o_t, H * N, H, N, BC, PRECISION
