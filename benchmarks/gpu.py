@@ -3,7 +3,8 @@
 ``python -m benchmarks.gpu [--output gpu-results]``
 
 1. the tests marked ``gpu``: no figure without them;
-2. every form of every tile, timed; the table is kept in the user's cache directory, where decoders find it;
+2. every form of every tile, timed; the table is kept in the user's cache directory, where decoders find it.
+   ``--precisions float32 tf32 bfloat16`` times products on matrix units in others too;
 3. mixers and whole models by lazy, eager, the published schedule and this project's, for M = 18 and 36 layers of
    D = 256 and 768 channels, B = 1 to 8 rows, L to 2^18 positions as far as they fit. A sequence gives the figures of
    its first half, quarter and eighth too. Whole models take hours: ``--end-to-end 0`` leaves them out.
@@ -31,7 +32,7 @@ from benchmarks.gpu_mixers import mixers
 from benchmarks.gpu_plots import plot
 from benchmarks.gpu_setting import Place, Setting
 from benchmarks.gpu_tuning import tune_all
-from fi_compile.kernels.gpu import interpreted
+from fi_compile.kernels.gpu import PRECISIONS, interpreted
 
 ROOT = Path(__file__).parent.parent
 NO_GPU = """No GPU: torch.cuda.is_available() is False, nothing was measured.
@@ -50,9 +51,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 768])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--length", type=int, default=1 << 18, help="the most positions")
-    parser.add_argument("--end-to-end", type=int, default=1 << 17, help="the most positions of whole models")
+    parser.add_argument("--end-to-end", type=int, default=1 << 18, help="the most positions of whole models")
     parser.add_argument("--repeats", type=int, default=5, help="timings of which the median counts")
     parser.add_argument("--table", type=Path, help="the table of tiles, where not in the cache directory")
+    parser.add_argument(
+        "--precisions", nargs="+", default=["float32"], choices=PRECISIONS, help="of tiles that are tuned"
+    )
     parser.add_argument("--tiny", action="store_true", help="toy sizes, interpreted where there is no GPU")
     return parser.parse_args(argv)
 
@@ -116,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         settings, repeats, table = fitting(args, place, args.length), args.repeats, args.table
         whole = fitting(args, place, args.end_to_end) if args.end_to_end else []
-    keep("tuning", tune_all(settings, place, repeats, table))
+    keep("tuning", tune_all(settings, place, repeats, table, args.precisions))
     of_mixers = []
     for setting in settings:
         print(f"mixers, {setting}", flush=True)

@@ -19,6 +19,11 @@ from triton.compiler import ASTSource
 
 from fi_compile.kernels.gpu import H100, Rates, Variant
 
+# What matrix units multiply for each precision of products.
+_OPERANDS = {
+    "cuda": {"float32": "tf32", "tf32": "tf32", "bfloat16": "bf16"},
+    "hip": {"float32": "f32", "tf32": "xf32", "bfloat16": "bf16"},
+}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -40,7 +45,11 @@ ARCHITECTURES = (
     Architecture("sm_90", "H100 SXM", GPUTarget("cuda", 90, 32), 232_448, H100),
     Architecture("sm_100", "B200", GPUTarget("cuda", 100, 32), 232_448, Rates(8.0e12, 75e12, 1.1e15 / 3)),
     Architecture(
-        "gfx942", "MI300X", GPUTarget("hip", "gfx942", 64), 65_536, Rates(5.3e12, 163.4e12, 163.4e12)
+        "gfx942",
+        "MI300X",
+        GPUTarget("hip", "gfx942", 64),
+        65_536,
+        Rates(5.3e12, 163.4e12, 163.4e12, tf32=4, bfloat16=8),
     ),
 )
 
@@ -50,7 +59,7 @@ class Compiled:
     """What a compiler made of a variant for one architecture.
 
     registers: of a thread; spilled: bytes of a thread; shared: bytes of a block; matrix: instructions for
-    matrix units; loads: instructions that read global memory, by width in bits.
+    matrix units, `operands` what they multiply; loads: instructions that read global memory, by width in bits.
     """
 
     variant: Variant
@@ -59,6 +68,7 @@ class Compiled:
     spilled: int
     shared: int
     matrix: int
+    operands: frozenset[str]
     loads: dict[int, int]
 
     @property
@@ -77,6 +87,9 @@ class Compiled:
             found.append(f"needs {self.shared} bytes of shared memory of {self.architecture.shared}")
         if bool(v.by_dot) != bool(self.matrix):
             found.append(f"has {self.matrix} matrix instructions")
+        meant = _OPERANDS[self.architecture.target.backend][v.precision]
+        if self.matrix and self.operands != {meant}:
+            found.append(f"multiplies {', '.join(sorted(self.operands))} on matrix units, {meant} is meant")
         if self.wide < v.wide:
             found.append(f"{self.wide:.0%} of its loads are wide, {v.wide:.0%} are expected")
         return found
@@ -91,7 +104,7 @@ class Compiled:
         """Seconds of a launch at the datasheet's rates; each of these computes float64 at half its float32 rate."""
         v = self.variant
         flops = v.flops * (2 if v.double else 1)
-        return self.architecture.rates.seconds(
+        return self.architecture.rates.at(v.precision).seconds(
             reads=v.reads, writes=v.writes, flops=flops, dots=v.flops * v.by_dot
         )
 
@@ -110,15 +123,15 @@ def compile_variant(variant: Variant, architecture: Architecture) -> Compiled:
     source = ASTSource(variant.kernel, signature, constexprs=constants, attrs=hints)
     made = triton.compile(source, target=architecture.target, options={"num_warps": variant.warps})
     read = _read_amd if amd else _read_nvidia
-    registers, spilled, matrix, loads = read(made.asm)
-    return Compiled(variant, architecture, registers, spilled, made.metadata.shared, matrix, loads)
+    registers, spilled, matrix, operands, loads = read(made.asm)
+    return Compiled(variant, architecture, registers, spilled, made.metadata.shared, matrix, operands, loads)
 
 
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _read_nvidia(asm: dict) -> tuple[int, int, int, dict[int, int]]:
+def _read_nvidia(asm: dict) -> tuple[int, int, int, frozenset[str], dict[int, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -130,7 +143,10 @@ def _read_nvidia(asm: dict) -> tuple[int, int, int, dict[int, int]]:
     spills = sum(op.startswith(("STL", "LDL")) for op in opcodes)
     matrix = sum(bool(re.match(r"HMMA|HGMMA|DMMA|UTC\w*MMA", op)) for op in opcodes)
     loads = Counter(_bits(op) for op in opcodes if op.startswith(("LDG.", "LDGSTS.")))
-    return registers, stack + local or 4 * spills, matrix, dict(loads)
+    # The fifth generation has one kind of product for both formats of 16 bits.
+    ptx = asm["ptx"].replace("kind::f16", "bf16")
+    operands = re.findall(r"mma(?:_async)?\.(?:cta_group|sync)\S*?(tf32|bf16|f16|f64)", ptx)
+    return registers, stack + local or 4 * spills, matrix, frozenset(operands), dict(loads)
 
 
 def _bits(opcode: str) -> int:
@@ -138,7 +154,7 @@ def _bits(opcode: str) -> int:
     return int(found[1]) if found else 32
 
 
-def _read_amd(asm: dict) -> tuple[int, int, int, dict[int, int]]:
+def _read_amd(asm: dict) -> tuple[int, int, int, frozenset[str], dict[int, int]]:
     text = asm["amdgcn"]
     registers, spilled = (
         int(re.search(rf"\.{k}:\s+(\d+)", text)[1]) for k in ("vgpr_count", "vgpr_spill_count")
@@ -148,4 +164,5 @@ def _read_amd(asm: dict) -> tuple[int, int, int, dict[int, int]]:
         {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}.get(width, 16)
         for width in re.findall(r"^\s*(?:global|buffer)_load_(\w+)", text, re.M)
     )
-    return registers, private or 4 * spilled, len(re.findall(r"^\s*v_mfma_", text, re.M)), dict(loads)
+    operands = re.findall(r"^\s*v_mfma_\w+x\d+_(\w+?)(?:_1k)?(?:_e64)?\s", text, re.M)
+    return registers, private or 4 * spilled, len(operands), frozenset(operands), dict(loads)

@@ -32,6 +32,7 @@ from .dynamo import Roles, Static, broken_off, graph_refusal, graph_text, read_r
 from .errors import InputError, Refusal
 from .extension import places
 from .inputs import Description, describe, exact, undescribed
+from .mixers.tiles import check_precision, choose_kernels
 from .options import Options, read_options
 from .report import Report, last_report, note_report, refused_text
 from .sessions import common_prefix
@@ -64,7 +65,14 @@ def flashinf(
         return _raiser(error)
     roles = _roles(gm, example_inputs)
     if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs):
-        training.use_long_conv(gm)
+        if chosen.precision != "float32":
+            try:
+                for v in example_inputs:
+                    if isinstance(v, nn.Parameter):
+                        check_precision(chosen.precision, choose_kernels(chosen.kernels, v.device), v.dtype)
+            except InputError as error:
+                return _raiser(error)
+        training.use_long_conv(gm, chosen.precision)
         return _Training(lookup_backend(chosen.fallback)(gm, list(example_inputs)), roles)
     plain = _Plain(gm, chosen, mode, dynamic=isinstance(roles, (Roles, Refusal)))
     if isinstance(roles, Refusal):

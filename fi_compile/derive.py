@@ -68,18 +68,19 @@ def derive(
     batch: int,
     rewrite: Rewrite | None = None,
     kernels: str = "torch",
+    precision: str = "float32",
     keep_history: bool = True,
 ) -> Derived:
     """Evaluate everything that does not depend on the sequence, up to the step's capacity.
 
     ``values`` are the program's inputs in the model's dtypes; ``filters``, by mixer name, are what each mixer derived
-    in double precision, rounded here, once, to ``dtype``. ``kernels``: what runs the tiles, see :class:`FilterBank`.
-    ``keep_history``: whether the inputs of all positions stay at hand, see :class:`FilterBank`.
+    in double precision, rounded here, once, to ``dtype``. ``kernels``, ``precision``: what runs the tiles, see
+    :class:`FilterBank`. ``keep_history``: whether the inputs of all positions stay at hand, see there too.
     """
     constants: dict[str, Tensor] = {}
     tables: dict[str, Tensor] = {}
     references: dict[str, dict[str, Tensor]] = {}
-    bank = _bank(step, filters, dtype, tiling, kernels, keep_history)
+    bank = _bank(step, filters, dtype, tiling, kernels, precision, keep_history)
     rows = _rows_of(step, bank)
     for mixer in step.mixers:
         found = filters[mixer.name]
@@ -126,7 +127,7 @@ def tile_step(
     native = step.kernels == "native" and all(m.fan_in == 1 for m in step.stacked)
     builtin = BUILTIN_NATIVE if native else BUILTIN
     return choose_tiling(
-        _costs(step, device, dtype) or (rates_of_machine(native) if measured else builtin),
+        _costs(step, device, dtype, options.precision) or (rates_of_machine(native) if measured else builtin),
         step.capacity,
         channels,
         block=options.block if block is None else block,
@@ -136,15 +137,16 @@ def tile_step(
     )
 
 
-def _costs(step: StepProgram, device: torch.device, dtype: torch.dtype) -> Costs | None:
+def _costs(step: StepProgram, device: torch.device, dtype: torch.dtype, precision: str) -> Costs | None:
     """What tiles by Triton take; None where torch runs them."""
     if step.kernels != "triton":
         return None
     from .gpu_costs import GpuCosts
+    from .kernels.gpu import H100
 
     outputs = sum(m.layout_out.count for m in step.stacked)
     pairs = sum(m.layout_out.count * m.fan_in for m in step.stacked)
-    return GpuCosts(state_dtype(dtype), device, fan=pairs / max(1, outputs))
+    return GpuCosts(state_dtype(dtype), device, H100.at(precision), fan=pairs / max(1, outputs))
 
 
 def _bank(
@@ -153,6 +155,7 @@ def _bank(
     dtype: torch.dtype,
     tiling: Tiling,
     kernels: str,
+    precision: str,
     keep_history: bool,
 ) -> FilterBank | None:
     if not step.stacked:
@@ -180,6 +183,7 @@ def _bank(
         block=tiling.block,
         reach=reach,
         kernels=kernels,
+        precision=precision,
         radix=tiling.radix,
         deferred=tiling.deferred,
         keep_history=keep_history or reach is not None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx
 
 from .derive import Derived
@@ -39,6 +40,7 @@ def describe(engine: Engine) -> Report:
         snapshots=(*engine.snapshots, split),
         schedule=derived.bank.schedule(0) if derived.bank is not None else None,
         tiling=derived.tiling if derived.bank is not None else None,
+        precision=_precision(engine) if derived.bank is not None else None,
         bytes_of_mixing=derived.bank.predict_bytes() if derived.bank is not None else {},
         certificate=tuple(engine.proof.steps),
         state_bytes=Lane(derived, engine.rows).state_bytes // engine.rows,
@@ -53,6 +55,11 @@ def describe(engine: Engine) -> Report:
             ),
         ),
     )
+
+
+def _precision(engine: Engine) -> str | None:
+    matrix = engine.kernels == "triton" and engine.dtype != torch.float64
+    return engine.options.precision if matrix else None
 
 
 def _given_up(derived: Derived) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from .mixers.convolution import LONGEST_WINDOW, Convolution, FilterGrew, verify
 from .mixers.increments import Mixer
 from .mixers.recurrence import with_modes
 from .mixers.stack import state_dtype
-from .mixers.tiles import choose_kernels
+from .mixers.tiles import check_precision, choose_kernels
 from .options import Options
 from .passes.bound_lags import bound_lags
 from .passes.bound_tables import bound_tables
@@ -72,6 +72,7 @@ class Engine:
         self.traced, self.options, self.model = program, options, model
         self.program, self._dropped = rewritten(program)
         self.kernels = choose_kernels(options.kernels, program.example.device)
+        check_precision(options.precision, self.kernels, self.dtype)
         if not options.keep_history and options.latency == "bounded":
             raise InputError("option keep_history=False needs latency='throughput'")
         self._block: int | None = None  # the base block, once it is chosen
@@ -337,6 +338,7 @@ class Engine:
                 tiling=tiling,
                 batch=batch,
                 kernels=self.kernels,
+                precision=self.options.precision,
                 keep_history=self.options.keep_history,
             )
             self._keep_one_copy(self._derived[key])

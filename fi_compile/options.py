@@ -14,6 +14,7 @@ _CHOICES = {
     "fallback": ("inductor", "eager"),
     "step": ("auto", "aot", "inductor", "eager"),
     "latency": ("throughput", "bounded"),
+    "precision": ("float32", "tf32", "bfloat16"),
 }
 
 _INTEGERS = {"capacity": 1, "block": 1, "radix": 2, "memory_limit": 1, "max_length": 1}
@@ -33,6 +34,8 @@ class Options:
     cost a forward.
     ``kernels``: what runs the convolutions, ``torch``, ``native`` (tiles compiled for this CPU) or ``triton``;
     ``auto``: Triton on a GPU, ``native`` on a CPU where there is a compiler.
+    ``precision``: what Triton kernels round operands of products on matrix units to; ``float32`` keeps all of float32's
+    accuracy, ``tf32`` and ``bfloat16`` are faster, and off by about 2⁻¹¹ and 2⁻⁹ of ‖u‖₂·‖k‖₂. Sums stay float32.
     ``step``: how a step runs, ``aot`` (native libraries kept on disk), ``inductor`` or ``eager`` (no compiler, slow,
     for tests); ``auto``: ``aot`` on the CPU, ``inductor`` elsewhere.
     ``fallback``: what runs a model that is refused under ``torch.compile``.
@@ -47,6 +50,7 @@ class Options:
     latency: str = "throughput"
     keep_history: bool = True
     kernels: str = "auto"
+    precision: str = "float32"
     step: str = "auto"
     fallback: str = "inductor"
     memory_limit: int = 4 << 30

@@ -73,6 +73,7 @@ class Report:
 
     ``tiling``: what was chosen for the long convolutions and the seconds a token it is predicted to take.
     ``bytes_of_mixing``: what they keep for one sequence at the capacity, and of their filters, by what it is.
+    ``precision``: of products on matrix units, None where there are none.
     """
 
     verdict: str  # proved, numerically bounded or refused
@@ -81,6 +82,7 @@ class Report:
     snapshots: tuple[Snapshot, ...] = ()
     schedule: Schedule | None = None
     tiling: Tiling | None = None
+    precision: str | None = None
     bytes_of_mixing: Mapping[str, int] = field(default_factory=dict)
     certificate: tuple[Any, ...] = field(default=(), repr=False)
     state_bytes: int = 0
@@ -104,6 +106,7 @@ class Report:
                 "schedule\n"
                 + _indent(f"{self.schedule}\ncost: {self.schedule.cost()} (L positions, C channels)")
                 + _indent(f"\nchosen: {self.tiling}")
+                + (_indent(f"\nprecision: {self.precision} on matrix units") if self.precision else "")
                 + _indent("\nbytes: " + ", ".join(f"{n:,} {of}" for of, n in self.bytes_of_mixing.items()))
             )
         if self.capacity:

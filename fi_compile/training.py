@@ -10,7 +10,7 @@ Before::
 
 After::
 
-    %full = causal(%u, %k, -1, -1)      # kernels.long_conv: no spectra are kept for the backward pass
+    %full = causal(%u, %k, -1, -1, 'float32')  # kernels.long_conv: no spectra are kept for the backward pass
     %y    = getitem(%full, (..., slice(None, s)))
 
 A product of spectra is rewritten only where it is that convolution at every length the graph admits: both transforms
@@ -50,22 +50,23 @@ class _Spectrum:
     factors: tuple[tuple[Any, Any], ...]
 
 
-def use_long_conv(gm: fx.GraphModule) -> int:
+def use_long_conv(gm: fx.GraphModule, precision: str = "float32") -> int:
     """Rewrite a Dynamo graph in place; return how many convolutions were found.
 
     Requires ``meta["example_value"]`` on its nodes. Ensures: the same function up to rounding, with gradients.
+    ``precision``: of products on matrix units, see :class:`Options`.
     """
     found = 0
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target is torch.fft.irfft:
-            found += _rewrite(gm.graph, node)
+            found += _rewrite(gm.graph, node, precision)
     if found:
         gm.graph.lint()
         gm.recompile()
     return found
 
 
-def _rewrite(graph: fx.Graph, inverse: fx.Node) -> bool:
+def _rewrite(graph: fx.Graph, inverse: fx.Node, precision: str) -> bool:
     bound = _bind(inverse, ("input", "n", "dim", "norm"), {"n": None, "dim": -1, "norm": None})
     product, out, n = bound["input"], _value(inverse), _value(bound["n"])
     if not isinstance(out, Tensor) or n is None or not isinstance(bound["dim"], int):
@@ -84,7 +85,7 @@ def _rewrite(graph: fx.Graph, inverse: fx.Node) -> bool:
     if not _fits(u, k, n, dim, out) or not _reads_at_most(inverse, dim, _value(u.signal).shape[u.dim]):
         return False
     with graph.inserting_before(inverse):
-        y = graph.call_function(causal, (u.signal, k.signal, u.dim - out.dim(), k.dim))
+        y = graph.call_function(causal, (u.signal, k.signal, u.dim - out.dim(), k.dim, precision))
         y.meta["example_value"] = out.narrow(dim, 0, _value(u.signal).shape[u.dim])
         power = Fraction(u.power + k.power + _INVERSE[bound["norm"]])
         factors = [*u.factors, *k.factors]
@@ -116,7 +117,7 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(node)
 
 
-def causal(u: Tensor, k: Tensor, dim: int, filter_dim: int) -> Tensor:
+def causal(u: Tensor, k: Tensor, dim: int, filter_dim: int, precision: str = "float32") -> Tensor:
     """u convolved along ``dim`` (negative) with k along ``filter_dim``, other dimensions broadcast: the shape of u."""
     x = u.movedim(dim, -1)
     lags = k.movedim(filter_dim, -1)
@@ -127,7 +128,8 @@ def causal(u: Tensor, k: Tensor, dim: int, filter_dim: int) -> Tensor:
     x = x.permute(order)
     shape = x.shape
     filters = lags.permute(order).reshape(-1, lags.shape[-1])
-    y = long_conv(x.reshape(-1, filters.shape[0], shape[-1]), filters).reshape(shape)
+    x = x.reshape(-1, filters.shape[0], shape[-1])
+    y = long_conv(x, filters, precision=precision).reshape(shape)
     return y.permute([order.index(d) for d in range(len(order))]).movedim(-1, dim)
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # Elements a transform works on at a time: its input, spectrum and output together stay in cache.
 QUANTUM = 1 << 19
@@ -73,10 +75,25 @@ class Fan:
         return replace(self, first=self.first[start : stop + 1])
 
 
+# Copies of what is on a device, so that no tile has to wait for it; they go with the tensors.
+_hosts = WeakTensorKeyDictionary()
+
+
+def on_host(target: Tensor) -> numpy.ndarray:
+    """The values of a map that nobody changes; the first time the host waits for them."""
+    if target not in _hosts:
+        _hosts[target] = target.detach().cpu().numpy()
+    return _hosts[target]
+
+
 def gathered(value: Tensor, target: Tensor | None, start: int, stop: int) -> tuple[Tensor, slice]:
-    """Pairs start ... stop of a value [B, pairs, ...] summed by their output channels, and which those are."""
+    """Pairs start ... stop of a value [B, pairs, ...] summed by their output channels, and which those are.
+
+    Reads no value of a device once `on_host` was asked for this target.
+    """
     if target is None:
         return value, slice(start, stop)
-    first, last = int(target[start]), int(target[stop - 1])
+    places = on_host(target)
+    first, last = int(places[start]), int(places[stop - 1])
     out = value.new_zeros(value.shape[0], last - first + 1, *value.shape[2:])
     return out.index_add_(1, target[start:stop] - first, value), slice(first, last + 1)

@@ -34,14 +34,21 @@ def long_conv_reference(
     return y if post is None else y * post
 
 
-def long_conv(u: Tensor, k: Tensor, pre: Tensor | None = None, post: Tensor | None = None) -> Tensor:
+def long_conv(
+    u: Tensor,
+    k: Tensor,
+    pre: Tensor | None = None,
+    post: Tensor | None = None,
+    precision: str = "float32",
+) -> Tensor:
     """`post ⊙ (k ∗ (pre ⊙ u))`, [B, C, L], differentiable in all four; one operator under torch.compile.
 
-    A filter that is zero from lag M on is given as `k[:, :M]`: what is skipped is never looked at. Raises ValueError
-    for shapes or dtypes that do not fit together.
+    A filter that is zero from lag M on is given as `k[:, :M]`: what is skipped is never looked at. precision: of
+    products on matrix units, see `gpu.PRECISIONS`; lower ones are for GPUs, and not for float64. Raises ValueError for
+    shapes, dtypes or devices that do not fit together.
     """
     _check(u, k, pre, post)
-    return torch.ops.flashinf.long_conv(u, k, pre, post, False)
+    return torch.ops.flashinf.long_conv(u, k, pre, post, False, precision)
 
 
 def _check(u: Tensor, k: Tensor, pre: Tensor | None, post: Tensor | None) -> None:
@@ -106,37 +113,90 @@ def long_conv_cost(length: int, lags: int) -> float:
 
 
 _library = torch.library.Library("flashinf", "FRAGMENT")
-_library.define("long_conv(Tensor u, Tensor k, Tensor? pre, Tensor? post, bool reverse) -> Tensor")
-_library.define("long_conv_filter_gradient(Tensor grad, Tensor x, int lags) -> Tensor")
-_library.impl("long_conv", conv_fft, "CPU")
-_library.impl("long_conv_filter_gradient", filter_gradient, "CPU")
-_library.impl("long_conv_filter_gradient", filter_gradient, "CUDA")
+_library.define(
+    "long_conv(Tensor u, Tensor k, Tensor? pre, Tensor? post, bool reverse, str precision='float32') -> Tensor"
+)
+_library.define(
+    "long_conv_filter_gradient(Tensor grad, Tensor x, int lags, str precision='float32') -> Tensor"
+)
+
+
+def _on_cpu(
+    u: Tensor,
+    k: Tensor,
+    pre: Tensor | None = None,
+    post: Tensor | None = None,
+    reverse: bool = False,
+    precision: str = "float32",
+) -> Tensor:
+    _check_precision(precision, u)
+    return conv_fft(u, k, pre, post, reverse)
 
 
 def _on_gpu(
-    u: Tensor, k: Tensor, pre: Tensor | None = None, post: Tensor | None = None, reverse: bool = False
+    u: Tensor,
+    k: Tensor,
+    pre: Tensor | None = None,
+    post: Tensor | None = None,
+    reverse: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     from fi_compile.kernels.long_conv_fft import conv_gpu, offered
 
-    form = conv_gpu if offered(u, k) else conv_fft
-    return form(u, k, pre, post, reverse)
+    _check_precision(precision, u)
+    return (
+        conv_gpu(u, k, pre, post, reverse, precision) if offered(u, k) else conv_fft(u, k, pre, post, reverse)
+    )
 
 
+def _gradient_on_cpu(grad: Tensor, x: Tensor, lags: int, precision: str = "float32") -> Tensor:
+    _check_precision(precision, x)
+    return filter_gradient(grad, x, lags)
+
+
+def _gradient_on_gpu(grad: Tensor, x: Tensor, lags: int, precision: str = "float32") -> Tensor:
+    from fi_compile.kernels.long_conv_gradient import filter_gradient_gpu, offered
+
+    _check_precision(precision, x)
+    return (
+        filter_gradient_gpu(grad, x, lags, precision) if offered(x, lags) else filter_gradient(grad, x, lags)
+    )
+
+
+def _check_precision(precision: str, u: Tensor) -> None:
+    """Nothing would be computed in a lower precision: whoever asks for it must not believe it was."""
+    if precision != "float32" and (u.device.type == "cpu" or u.dtype == torch.float64):
+        found = "on a CPU" if u.device.type == "cpu" else "of float64"
+        raise ValueError(
+            f"precision {precision!r} is of a GPU's matrix units; tensors are {found}: use 'float32'"
+        )
+
+
+_library.impl("long_conv", _on_cpu, "CPU")
 _library.impl("long_conv", _on_gpu, "CUDA")
+_library.impl("long_conv_filter_gradient", _gradient_on_cpu, "CPU")
+_library.impl("long_conv_filter_gradient", _gradient_on_gpu, "CUDA")
 
 
 @torch.library.register_fake("flashinf::long_conv", lib=_library)
-def _like_u(u: Tensor, k: Tensor, pre: Tensor | None, post: Tensor | None, reverse: bool) -> Tensor:
+def _like_u(
+    u: Tensor,
+    k: Tensor,
+    pre: Tensor | None,
+    post: Tensor | None,
+    reverse: bool,
+    precision: str = "float32",
+) -> Tensor:
     return torch.empty_like(u, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("flashinf::long_conv_filter_gradient", lib=_library)
-def _like_k(grad: Tensor, x: Tensor, lags: int) -> Tensor:
+def _like_k(grad: Tensor, x: Tensor, lags: int, precision: str = "float32") -> Tensor:
     return x.new_empty(x.shape[1], lags)
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    u, k, pre, post, ctx.reverse = inputs
+    u, k, pre, post, ctx.reverse, ctx.precision = inputs
     ctx.save_for_backward(u, k, pre, post)
 
 
@@ -148,27 +208,28 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     inner = grad if post is None else grad * post
     found: list[Tensor | None] = [None] * 4
     if needs[0] or needs[2]:
-        v = conv(inner, k, None, None, not ctx.reverse)
+        v = conv(inner, k, None, None, not ctx.reverse, ctx.precision)
         found[0] = v if pre is None else v * pre
         found[2] = None if pre is None else v * u
     if needs[1]:
         x = u if pre is None else u * pre
         pair = (x, inner) if ctx.reverse else (inner, x)
-        found[1] = torch.ops.flashinf.long_conv_filter_gradient(*pair, k.shape[-1])
+        found[1] = torch.ops.flashinf.long_conv_filter_gradient(*pair, k.shape[-1], ctx.precision)
     if needs[3] and post is not None:
-        found[3] = grad * conv(u, k, pre, None, ctx.reverse)
-    return *found, None
+        found[3] = grad * conv(u, k, pre, None, ctx.reverse, ctx.precision)
+    return *found, None, None
 
 
 def _save_pair(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    grad, x, _ = inputs
+    grad, x, _, ctx.precision = inputs
     ctx.save_for_backward(grad, x)
 
 
 def _pair_backward(ctx: Any, of_k: Tensor) -> tuple:
     grad, x = ctx.saved_tensors
     conv = torch.ops.flashinf.long_conv
-    return conv(x, of_k, None, None, False), conv(grad, of_k, None, None, True), None
+    of_grad = conv(x, of_k, None, None, False, ctx.precision)
+    return of_grad, conv(grad, of_k, None, None, True, ctx.precision), None, None
 
 
 torch.library.register_autograd("flashinf::long_conv", _backward, setup_context=_save, lib=_library)

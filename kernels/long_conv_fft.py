@@ -127,18 +127,33 @@ def offered(u: Tensor, k: Tensor) -> bool:
 
 
 def conv_gpu(
-    u: Tensor, k: Tensor, pre: Tensor | None = None, post: Tensor | None = None, reverse: bool = False
+    u: Tensor,
+    k: Tensor,
+    pre: Tensor | None = None,
+    post: Tensor | None = None,
+    reverse: bool = False,
+    precision: str = "float32",
 ) -> Tensor:
     """`post ⊙ (k ∗ (pre ⊙ u))` of float32, float16 or bfloat16 in any layout; contiguous channels are read fastest.
 
     With `reverse` the sum is over `(pre · u)[t + d]`: the same launch on sequences read backwards.
+    precision: one of `gpu.PRECISIONS`, errors as in `tile_fft`.
     """
     batch, channels, length = u.shape
     split = SPLITS[has_room(u.device)]
     reach = blocks_met(length, k.shape[-1], split.length // 2)
     out = u.new_empty(batch, length, channels).transpose(1, 2)
     if out.numel():
-        launch(out, u, spectra_of(k[:, :length], reach, split), pre, post, split, reverse=reverse)
+        launch(
+            out,
+            u,
+            spectra_of(k[:, :length], reach, split),
+            pre,
+            post,
+            split,
+            reverse=reverse,
+            precision=precision,
+        )
     return out.contiguous()
 
 
@@ -152,6 +167,7 @@ def launch(
     group: int = 1 << 30,
     reverse: bool = False,
     columns: Tensor | None = None,
+    precision: str = "float32",
 ) -> None:
     """Write the convolution with spectra [C, reach, 2, H, N] to `out` [B, C, L], contiguous in channels.
 
@@ -199,7 +215,7 @@ def launch(
         N=n,
         Q=spectra.shape[-1],
         BC=split.channels,
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(precision),
         num_warps=split.warps,
     )
 

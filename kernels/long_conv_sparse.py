@@ -28,6 +28,8 @@ from fi_compile.kernels.monarch import Split, block_spectrum, has_room
 # On sm_90 and sm_100, and elsewhere. Columns come in sixteens.
 SPLITS = {True: Split(32, 32, 4, 8, narrow=False), False: Split(16, 32, 4, 8)}
 COLUMNS = 16
+# In TF32 the larger split would spill on sm_100.
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,16 @@ def sparsify_blocks(
 
 
 def long_conv_sparse(
-    u: Tensor, spectra: SparseSpectra, pre: Tensor | None = None, post: Tensor | None = None
+    u: Tensor,
+    spectra: SparseSpectra,
+    pre: Tensor | None = None,
+    post: Tensor | None = None,
+    precision: str = "float32",
 ) -> Tensor:
     """`post ⊙ (k ∗ (pre ⊙ u))`, [B, C, L], without the dropped frequencies: float32, float16 or bfloat16.
 
-    Has no gradients. Raises ValueError where one is wanted, and for shapes that do not fit the filters.
+    precision: of products on matrix units, one of PRECISIONS. Has no gradients. Raises ValueError where one is
+    wanted, for shapes that do not fit the filters, and for a lower precision where there are no matrix units.
     """
     blocks = -(-u.shape[-1] // spectra.side)
     channels = spectra.near.shape[0]
@@ -155,8 +162,16 @@ def long_conv_sparse(
             raise ValueError(f"{name} must have the shape and dtype of u, {list(u.shape)}, {u.dtype}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, pre, post)):
         raise ValueError("a convolution with dropped frequencies has no gradients; use long_conv")
-    form = _on_gpu if runs_on(u.device) else _by_torch
-    return form(u, spectra, pre, post, min(blocks, spectra.reach))
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    reach = min(blocks, spectra.reach)
+    if runs_on(u.device):
+        return _on_gpu(u, spectra, pre, post, reach, precision)
+    if precision != "float32":
+        raise ValueError(
+            f"precision {precision!r} is of a GPU's matrix units, found {u.device}: use 'float32'"
+        )
+    return _by_torch(u, spectra, pre, post, reach)
 
 
 def _by_torch(
@@ -181,7 +196,14 @@ def _by_torch(
     return (y if post is None else y * post.float()).to(u.dtype)
 
 
-def _on_gpu(u: Tensor, spectra: SparseSpectra, pre: Tensor | None, post: Tensor | None, reach: int) -> Tensor:
+def _on_gpu(
+    u: Tensor,
+    spectra: SparseSpectra,
+    pre: Tensor | None,
+    post: Tensor | None,
+    reach: int,
+    precision: str = "float32",
+) -> Tensor:
     batch, channels, length = u.shape
     # Two launches write it: rounded once, at the end.
     out = u.new_empty(batch, length, channels, dtype=torch.float32).transpose(1, 2)
@@ -189,9 +211,9 @@ def _on_gpu(u: Tensor, spectra: SparseSpectra, pre: Tensor | None, post: Tensor 
         return torch.empty_like(u, memory_format=torch.contiguous_format)
     small = long_conv_fft.SPLITS[has_room(u.device)]
     group = 2 * spectra.side // small.length
-    launch(out, u, spectra_of(spectra.near, group, small), pre, post, small, group)
+    launch(out, u, spectra_of(spectra.near, group, small), pre, post, small, group, precision=precision)
     if reach > 1:
-        launch(out, u, spectra.far, pre, post, spectra.split, columns=spectra.columns)
+        launch(out, u, spectra.far, pre, post, spectra.split, columns=spectra.columns, precision=precision)
     return out.to(u.dtype).contiguous()
 
 
@@ -237,5 +259,6 @@ def variants() -> Iterator[Variant]:
             by_dot=dots / (dots + others),
             # Sixteen columns a row are less than a warp wants.
             wide=0.2,
+            precisions=PRECISIONS,
             architectures=architectures,
         )

@@ -130,7 +130,7 @@ def block_spectrum(lags: Tensor, split: Split) -> Tensor:
 
 @dataclass(frozen=True)
 class Stream:
-    """How a transform length factors, n = 2·H·A·B, and the warps of outer and inner launches.
+    """How a transform length factors, n = 2·H·A·B, and the warps of outer and inner launches, and of sums.
 
     `narrow`: fits also where products take both operands from registers (see `monarch.Split`).
     """
@@ -140,6 +140,7 @@ class Stream:
     b: int
     outer: int = 4
     inner: int = 4
+    sums: int = 4
     narrow: bool = False
 
     @property
@@ -158,9 +159,9 @@ STREAMS = {
     for s in (
         Stream(16, 16, 16, narrow=True),
         Stream(32, 16, 16, narrow=True),
-        Stream(32, 32, 16, narrow=True),
+        Stream(32, 32, 16, sums=8, narrow=True),
         Stream(64, 32, 16, outer=8),
-        Stream(64, 32, 32, outer=8, inner=8),
+        Stream(64, 32, 32, outer=8, inner=8, sums=8),
     )
 }
 

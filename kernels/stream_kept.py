@@ -115,10 +115,10 @@ def rows_kept(stream: Stream) -> int:
     return 4 * ROWS // stream.inner
 
 
-def keep_stream(kept: Tensor, inputs: Tensor, stream: Stream) -> None:
+def keep_stream(kept: Tensor, inputs: Tensor, stream: Stream, precision: str) -> None:
     """`tile_kept.keep_spectra_gpu`: the inputs' columns into kept, then its rows there."""
     rows = rows_kept(stream)
-    enter_stream(kept, inputs, stream)
+    enter_stream(kept, inputs, stream, precision=precision)
     # Channels first: of the others a grid has 65,535 at most.
     stream_keep_kernel[kept.shape[1], stream.h // rows, kept.shape[0]](
         kept,
@@ -128,7 +128,7 @@ def keep_stream(kept: Tensor, inputs: Tensor, stream: Stream) -> None:
         A=stream.a,
         B=stream.b,
         BR=rows,
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(precision),
         num_warps=stream.inner,
     )
 
@@ -143,6 +143,7 @@ def add_kept_stream(
     source: Tensor | None,
     filter_index: Tensor | None,
     fan: Fan | None,
+    precision: str,
 ) -> None:
     """`tile_kept.add_kept_gpu`: two launches for as many channels as the scratch has room for."""
     batch, channels, _ = outputs.shape
@@ -173,7 +174,7 @@ def add_kept_stream(
             A=stream.a,
             B=stream.b,
             BR=ROWS,
-            PRECISION=dot_precision(),
-            num_warps=stream.inner,
+            PRECISION=dot_precision(precision),
+            num_warps=stream.sums,
         )
-        leave_stream(outputs, work[:, :width], stream, start)
+        leave_stream(outputs, work[:, :width], stream, start, precision)

@@ -87,12 +87,16 @@ def add_tile_fft_gpu(
     spectrum: Tensor,
     source: Tensor | None = None,
     filter_index: Tensor | None = None,
+    precision: str = "float32",
 ) -> None:
     """Add the tile to `outputs`.
 
     outputs [B, Cout, V <= U] and inputs [B, Cin, U], of one dtype, float32, float16 or bfloat16 (sums in float32),
     their channels contiguous; spectrum: of `monarch.tile_spectrum_gpu` for this side; source, filter_index: int64
-    [Cout] or None (see `channels`). Raises ValueError for what does not fit.
+    [Cout] or None (see `channels`); precision: one of `gpu.PRECISIONS`. Raises ValueError for what does not fit.
+
+    With `r` the rounding of operands, `gpu.ROUNDING`, an output of a lower precision stays within `r·‖u‖₂·‖k‖₁` of its
+    channel, and within `r·‖u‖₂·‖k‖₂` for data like noise: four products in a row, whose roundings are near random.
     """
     batch, channels, length = outputs.shape
     side = inputs.shape[-1]
@@ -123,7 +127,7 @@ def add_tile_fft_gpu(
         H=split.h,
         N=split.n,
         BC=split.channels,
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(precision),
         num_warps=split.warps,
     )
 

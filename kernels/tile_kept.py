@@ -159,10 +159,11 @@ def meet_kernel(
     add_to_rows(p_out + i_b * s_out_b, y, o_t, o_c, m_c, length, s_out_t)
 
 
-def keep_spectra_gpu(kept: Tensor, inputs: Tensor) -> None:
+def keep_spectra_gpu(kept: Tensor, inputs: Tensor, precision: str = "float32") -> None:
     """Write the spectra of a block of inputs [B, C, U] to kept, float32 [B, C, 2, ...], each channel contiguous.
 
-    inputs: float32, float16 or bfloat16, channels contiguous. Raises ValueError for what does not fit.
+    inputs: float32, float16 or bfloat16, channels contiguous; precision: one of
+    `gpu.PRECISIONS`. Raises ValueError for what does not fit.
     """
     batch, channels, side = inputs.shape
     how = split_of(kept)
@@ -170,7 +171,7 @@ def keep_spectra_gpu(kept: Tensor, inputs: Tensor) -> None:
     if 0 in inputs.shape:
         return
     if isinstance(how, Stream):
-        keep_stream(kept, inputs, how)
+        keep_stream(kept, inputs, how, precision)
         return
     keep_kernel[triton.cdiv(channels, how.channels), batch](
         kept,
@@ -184,7 +185,7 @@ def keep_spectra_gpu(kept: Tensor, inputs: Tensor) -> None:
         H=how.h,
         N=how.n,
         BC=how.channels,
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(precision),
         num_warps=how.warps,
     )
 
@@ -198,13 +199,14 @@ def add_kept_gpu(
     source: Tensor | None = None,
     filter_index: Tensor | None = None,
     fan: Fan | None = None,
+    precision: str = "float32",
 ) -> None:
     """Add to `outputs` what `count` blocks contribute, whose spectra lie in rows oldest, oldest + 1 ... of a ring.
 
     outputs [B, Cout, V <= U], of float32, float16 or bfloat16, channels contiguous; ring: float32 [R, B, Cin, 2, ...],
     as `keep_spectra_gpu` writes it; row R is row 0 again. spectra: [F, D >= count, 2, ...] of `distant_spectra`, the
     newest block's first. source, filter_index: int64 [Cout] or None, of pairs where there is a `fan` (see `channels`).
-    Raises ValueError for what does not fit.
+    precision: one of `gpu.PRECISIONS`, errors as in `tile_fft`. Raises ValueError for what does not fit.
     """
     batch, channels, length = outputs.shape
     how = split_of(spectra)
@@ -216,7 +218,7 @@ def add_kept_gpu(
     if 0 in outputs.shape:
         return
     if isinstance(how, Stream):
-        add_kept_stream(outputs, ring, oldest, count, spectra, how, source, filter_index, fan)
+        add_kept_stream(outputs, ring, oldest, count, spectra, how, source, filter_index, fan, precision)
         return
     meet_kernel[triton.cdiv(channels, how.channels), batch](
         outputs,
@@ -243,7 +245,7 @@ def add_kept_gpu(
         H=how.h,
         N=how.n,
         BC=how.channels,
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(precision),
         num_warps=how.warps,
     )
 
@@ -324,6 +326,7 @@ def variants() -> Iterator[Variant]:
                 elif streamed:
                     constants["BR"] = rows_kept(how)
                 names = [a for a in kernel.arg_names if a not in constants]
+                warps = (how.sums if kernel is kernels[1] else how.inner) if streamed else how.warps
                 types = {a: "*fp32" if a.startswith("p_") else "i32" for a in names}
                 types |= {a: "*i64" for a in names if a in ("p_source", "p_index", "p_pairs")}
                 # Rings and spectra of all layers are large: their strides need 64 bits.
@@ -335,7 +338,7 @@ def variants() -> Iterator[Variant]:
                     constants=constants,
                     hip={"PRECISION": PRECISION["hip"]},
                     aligned=tuple(a for a in names if a.startswith("s_") or a in ("start", "channels")),
-                    warps=how.inner if streamed else how.warps,
+                    warps=warps,
                     work=f"{channels:,} channels",
                     reads=channels * cost["reads"],
                     writes=channels * cost["writes"],

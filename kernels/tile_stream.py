@@ -203,6 +203,7 @@ def add_tile_stream_gpu(
     spectrum: Tensor,
     source: Tensor | None = None,
     filter_index: Tensor | None = None,
+    precision: str = "float32",
 ) -> None:
     """Add the tile to `outputs`: operands as of `tile_fft.add_tile_fft_gpu`, with `tile_spectrum_stream`.
 
@@ -220,7 +221,7 @@ def add_tile_stream_gpu(
     work = scratch(stream, batch, most, outputs)
     for start in range(0, channels, most):
         width = min(most, channels - start)
-        enter_stream(work[:, :width], inputs, stream, source, start)
+        enter_stream(work[:, :width], inputs, stream, source, start, precision)
         stream_middle_kernel[stream.h // ROWS, width, batch](
             work,
             spectrum,
@@ -233,10 +234,10 @@ def add_tile_stream_gpu(
             A=stream.a,
             B=stream.b,
             BR=ROWS,
-            PRECISION=dot_precision(),
+            PRECISION=dot_precision(precision),
             num_warps=stream.inner,
         )
-        leave_stream(outputs, work[:, :width], stream, start)
+        leave_stream(outputs, work[:, :width], stream, start, precision)
 
 
 def scratch(stream: Stream, batch: int, width: int, like: Tensor) -> Tensor:
@@ -246,7 +247,12 @@ def scratch(stream: Stream, batch: int, width: int, like: Tensor) -> Tensor:
 
 
 def enter_stream(
-    work: Tensor, inputs: Tensor, stream: Stream, source: Tensor | None = None, start: int = 0
+    work: Tensor,
+    inputs: Tensor,
+    stream: Stream,
+    source: Tensor | None = None,
+    start: int = 0,
+    precision: str = "float32",
 ) -> None:
     """The first launch: channels of inputs, or of `source`, from `start` on into work [B, width, ...]."""
     batch, width = work.shape[:2]
@@ -261,11 +267,13 @@ def enter_stream(
         work.stride(0),
         inputs.stride(0),
         inputs.stride(2),
-        **{"HAS_SOURCE": source is not None, **_outer(stream)},
+        **{"HAS_SOURCE": source is not None, **_outer(stream, precision)},
     )
 
 
-def leave_stream(outputs: Tensor, work: Tensor, stream: Stream, start: int) -> None:
+def leave_stream(
+    outputs: Tensor, work: Tensor, stream: Stream, start: int, precision: str = "float32"
+) -> None:
     """The last launch: add what is in work [B, width, ...] to the channels of outputs from `start` on."""
     batch, width = work.shape[:2]
     stream_leave_kernel[_outer_grid(stream, width, batch)](
@@ -278,7 +286,7 @@ def leave_stream(outputs: Tensor, work: Tensor, stream: Stream, start: int) -> N
         work.stride(0),
         outputs.stride(0),
         outputs.stride(2),
-        **_outer(stream),
+        **_outer(stream, precision),
     )
 
 
@@ -286,9 +294,9 @@ def _outer_grid(stream: Stream, width: int, batch: int) -> tuple[int, int, int]:
     return stream.n // COLUMNS, -(-width // CHANNELS), batch
 
 
-def _outer(stream: Stream) -> dict[str, Any]:
+def _outer(stream: Stream, precision: str) -> dict[str, Any]:
     sizes = {"H": stream.h, "N": stream.n, "BC": CHANNELS, "BN": COLUMNS}
-    return {**sizes, "PRECISION": dot_precision(), "num_warps": stream.outer}
+    return {**sizes, "PRECISION": dot_precision(precision), "num_warps": stream.outer}
 
 
 def tile_stream_traffic(stream: Stream) -> dict[str, float]:

@@ -36,12 +36,44 @@ def times(ar, ai, br, bi):
 
 
 @triton.jit
+def in_tf32(a):
+    """Finite float32 rounded to the nearest of the 19 bits that matrix units read in TF32, away from zero.
+
+    They would cut off the others, and everything would come out smaller: errors that add up.
+    """
+    return ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def in_bfloat16(a):
+    """Finite float32 rounded to the nearest of 16 bits, to even."""
+    a = a.to(tl.int32, bitcast=True)
+    return ((a + 0x7FFF + ((a >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, acc=None):
+    """The matrix product a @ b of float32, plus acc, in one of `gpu.PRECISIONS` as `gpu.dot_precision` names it."""
+    if PRECISION == "bf16":
+        y = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc=acc)
+    elif PRECISION == "bfloat16 modelled":
+        y = tl.dot(in_bfloat16(a), in_bfloat16(b), acc=acc, input_precision="ieee")
+    elif PRECISION == "tf32":
+        y = tl.dot(in_tf32(a), in_tf32(b), acc=acc, input_precision="tf32")
+    elif PRECISION == "tf32 modelled":
+        y = tl.dot(in_tf32(a), in_tf32(b), acc=acc, input_precision="ieee")
+    else:
+        y = tl.dot(a, b, acc=acc, input_precision=PRECISION)
+    return y
+
+
+@triton.jit
 def dot_pair(ar, ai, br, bi, PRECISION: tl.constexpr):
     """The complex matrix product (ar + i·ai) @ (br + i·bi)."""
-    re = tl.dot(ar, br, input_precision=PRECISION)
-    re = tl.dot(-ai, bi, acc=re, input_precision=PRECISION)
-    im = tl.dot(ar, bi, input_precision=PRECISION)
-    return re, tl.dot(ai, br, acc=im, input_precision=PRECISION)
+    re = product(ar, br, PRECISION)
+    re = product(-ai, bi, PRECISION, re)
+    im = product(ar, bi, PRECISION)
+    return re, product(ai, br, PRECISION, im)
 
 
 @triton.jit
@@ -60,8 +92,8 @@ def enter(
     o_h = tl.arange(0, H)
     x = tl.reshape(tl.permute(x, (2, 1, 0)), (BC * N, H))
     fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
-    ar = tl.permute(tl.reshape(tl.dot(x, tl.trans(fr), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
-    ai = tl.permute(tl.reshape(tl.dot(x, tl.trans(fi), input_precision=PRECISION), (BC, N, H)), (0, 2, 1))
+    ar = tl.permute(tl.reshape(product(x, tl.trans(fr), PRECISION), (BC, N, H)), (0, 2, 1))
+    ai = tl.permute(tl.reshape(product(x, tl.trans(fi), PRECISION), (BC, N, H)), (0, 2, 1))
     tr, ti = load_pair(p_twiddle, o_t[None, :, :], gap)
     ar, ai = times(ar, ai, tr, ti)
     return tl.reshape(ar, (BC * H, N)), tl.reshape(ai, (BC * H, N))
@@ -87,8 +119,8 @@ def leave(
     ar = tl.reshape(tl.permute(ar, (0, 2, 1)), (BC * N, H))
     ai = tl.reshape(tl.permute(ai, (0, 2, 1)), (BC * N, H))
     fr, fi = load_pair(p_first, o_h[:, None] * H + o_h[None, :], H * H)
-    y = tl.dot(ar, fr, input_precision=PRECISION)
-    y = tl.dot(ai, fi, acc=y, input_precision=PRECISION)
+    y = product(ar, fr, PRECISION)
+    y = product(ai, fi, PRECISION, y)
     return tl.permute(tl.reshape(y, (BC, N, H)), (2, 1, 0))
 
 

@@ -1,8 +1,8 @@
 """Which form of a tile is fastest on a GPU, measured there once and kept in the user's cache directory.
 
-`python -m benchmarks.gpu` measures. A table says for an architecture, a number of channels, a batch and a side how many
-seconds each form takes; what it does not say is left to the datasheet's rates (`gpu.Rates`). Times belong to the
-versions of torch and Triton that they were measured with: a table of others counts as empty.
+`python -m benchmarks.gpu` measures. A table says for an architecture, a precision, a number of channels, a batch and a
+side how many seconds each form takes; what it does not say is left to the datasheet's rates (`gpu.Rates`). Times belong
+to the versions of torch and Triton that they were measured with: a table of others counts as empty.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from typing import Any
 import torch
 import triton
 
-FORMAT = 2
+FORMAT = 3
 
-# Architecture, channels of all layers together, rows of the batch, side of a tile, blocks of inputs that it meets: one,
-# or two where spectra are kept, of which the newest block's are made by the tile itself.
-Key = tuple[str, int, int, int, int]
+# Architecture, precision of products on matrix units, channels of all layers together, rows of the batch, side of a
+# tile, blocks of inputs that it meets: one, or two where spectra are kept, of which the newest block's are made by the
+# tile itself.
+Key = tuple[str, str, int, int, int, int]
+_NAMES = ("architecture", "precision")
 _SIZES = ("channels", "batch", "side", "blocks")
 
 
@@ -86,7 +88,7 @@ def save(tiles: Mapping[Key, Mapping[str, float]], path: Path | None = None) -> 
     except ValueError:
         known = {}
     entries = [
-        dict(zip(("architecture", *_SIZES), key, strict=True), seconds=dict(seconds))
+        dict(zip((*_NAMES, *_SIZES), key, strict=True), seconds=dict(seconds))
         for key, seconds in sorted({**known, **tiles}.items())
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,11 +104,13 @@ def _versions() -> dict[str, str]:
 
 
 def _entry(entry: Any) -> tuple[Key, dict[str, float]]:
-    name = entry["architecture"]
+    names = tuple(entry[x] for x in _NAMES)
     sizes = tuple(entry[x] for x in _SIZES)
     seconds = {str(form): float(s) for form, s in entry["seconds"].items()}
-    if not isinstance(name, str) or not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise ValueError(f"{name!r} with {sizes}")
+    if not all(isinstance(name, str) for name in names) or not all(
+        isinstance(n, int) and n > 0 for n in sizes
+    ):
+        raise ValueError(f"{names} with {sizes}")
     if not all(math.isfinite(s) and s > 0 for s in seconds.values()):
         raise ValueError(f"seconds {seconds}")
-    return (name, *sizes), seconds
+    return (*names, *sizes), seconds

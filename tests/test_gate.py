@@ -1,5 +1,6 @@
 """The static gate: what Triton kernels compile to for GPUs that are not here."""
 
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ sys.path.append(str(ROOT))
 
 from benchmarks import kernels as gate  # noqa: E402
 from benchmarks.offline import ARCHITECTURES, Compiled, compile_variant  # noqa: E402
-from fi_compile.kernels import long_conv_fft, tile_direct, tile_kept  # noqa: E402
+from fi_compile.kernels import long_conv_fft, long_conv_gradient, tile_direct, tile_kept  # noqa: E402
+from fi_compile.kernels.gpu import PRECISIONS  # noqa: E402
 
 BY_NAME = {a.name: a for a in ARCHITECTURES}
 
@@ -33,14 +35,22 @@ def test_table_is_of_these_kernels():
     assert gate.prediction() in text
 
 
+QUICK = "sm_90", "float32"
+
+
 # The others take as long each; the digest says that they were compiled.
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "sm_90" else pytest.mark.slow) for n in BY_NAME]
+    ("name", "precision"),
+    [
+        pytest.param(*place, marks=() if place == QUICK else pytest.mark.slow)
+        for place in itertools.product(BY_NAME, PRECISIONS)
+    ],
 )
-def test_every_variant_passes(name):
-    compiled = gate.compiled_for(BY_NAME[name])
+def test_every_variant_passes(name, precision):
+    compiled = gate.compiled_for(BY_NAME[name], precision=precision)
     assert not {c.variant.name: c.flaws for c in compiled if c.flaws}
-    assert gate.section(BY_NAME[name], compiled) in gate.DOCUMENT.read_text()
+    section = gate.DOCUMENT.read_text().partition(f"## {name}\n")[2].partition("\n## ")[0]
+    assert "\n".join(gate.table(compiled)[2:]) in section
 
 
 def test_a_variant_that_spills_is_seen():
@@ -75,22 +85,39 @@ def test_grids_are_as_large_as_gpus_admit(monkeypatch):
     # One filter for all channels of a batch: training.
     u = torch.empty(channels, 1, 3000, device="meta")
     long_conv_fft.conv_gpu(u, torch.empty(1, 3000, device="meta"))
-    assert len(grids) > 6
+    long_conv_gradient.filter_gradient_gpu(*[torch.empty(1, 400_000, 600, device="meta")] * 2, 600)
+    assert len(grids) > 7
     assert all(max(grid[1:]) < 1 << 16 for grid in grids)
 
 
 def test_flaws():
     v = variant("tile_fft U=512")
-    good = Compiled(v, BY_NAME["sm_80"], 255, 0, 166_912, 10, {128: 9, 32: 1})
+    good = Compiled(v, BY_NAME["sm_80"], 255, 0, 166_912, 10, frozenset({"tf32"}), {128: 9, 32: 1})
     assert not good.flaws
     assert good.wide == 0.9
     for change, flaw in (
         ({"shared": 166_913}, "needs 166913 bytes of shared memory of 166912"),
         ({"matrix": 0}, "has 0 matrix instructions"),
+        ({"operands": frozenset({"bf16"})}, "multiplies bf16 on matrix units, tf32 is meant"),
         ({"loads": {32: 9, 128: 1}}, "10% of its loads are wide, 40% are expected"),
         ({"spilled": 8}, "spills 8 bytes"),
     ):
         assert replace(good, **change).flaws == [flaw]
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_precisions_multiply_what_they_say(name):
+    """Three products of TF32 keep float32 accuracy, one is TF32; bfloat16 takes half as many."""
+    full, tf32, bfloat16 = (
+        compile_variant(variant(f"keep U=512{p}"), BY_NAME[name]) for p in ("", " tf32", " bfloat16")
+    )
+    assert full.matrix == (2 if name == "gfx942" else 3) * tf32.matrix
+    assert tf32.matrix == 2 * bfloat16.matrix
+    assert [sorted(c.operands) for c in (full, tf32, bfloat16)] == (
+        [["f32"], ["xf32"], ["bf16"]] if name == "gfx942" else [["tf32"], ["tf32"], ["bf16"]]
+    )
+    assert full.predicted >= tf32.predicted >= bfloat16.predicted
+    assert not [*full.flaws, *tf32.flaws, *bfloat16.flaws]
 
 
 def test_bfloat16_is_summed_in_float32_and_rounded():

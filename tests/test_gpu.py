@@ -144,6 +144,23 @@ def test_long_conv(gates, lags, dtype):
     assert_close(found, expected, float(scale), units=3)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_lower_precisions(precision):
+    """Errors as the interpreter predicts them: operands are rounded to the same bits."""
+    from fi_compile.kernels.gpu import ROUNDING
+    from fi_compile.kernels.monarch import tile_spectrum_gpu
+    from fi_compile.kernels.tile_fft import add_tile_fft_gpu
+
+    inputs, filters, _, _, outputs, expected, scale = tile_problem(512, 512, 2, torch.float32, False)
+    add_tile_fft_gpu(outputs, inputs, tile_spectrum_gpu(filters, 512), precision=precision)
+    error = float((outputs.double() - expected).abs().max()) / scale
+    assert ROUNDING[precision] / 100 < error < ROUNDING[precision]
+    u, k = channels_last(rand(2, 64, 1500, dtype=torch.float32)), filters[:64, :800]
+    error = float((long_conv(u, k, precision=precision) - convolved(u, k)[..., :1500]).abs().max())
+    scale = float(u.double().norm(dim=-1).max() * k.double().norm(dim=-1).max())
+    assert ROUNDING[precision] / 100 < error / scale < ROUNDING[precision]
+
+
 def test_gradients_of_long_conv():
     u, pre, post = (channels_last(rand(2, 64, 1500, dtype=torch.float32, seed=s)) for s in range(3))
     operands = [u, rand(64, 800, dtype=torch.float32, seed=3).to(DEVICE), pre, post]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.fft import irfft, rfft
 
+import fi_compile
 from corpus.convolutions import FFT
 from fi_compile import training
 from fi_compile.kernels.long_conv import long_conv
@@ -26,7 +27,9 @@ def found(monkeypatch) -> list[int]:
     """How many convolutions each graph had."""
     counts = []
     original = training.use_long_conv
-    monkeypatch.setattr(training, "use_long_conv", lambda gm: counts.append(original(gm)) or counts[-1])
+    monkeypatch.setattr(
+        training, "use_long_conv", lambda gm, *p: counts.append(original(gm, *p)) or counts[-1]
+    )
     return counts
 
 
@@ -270,3 +273,28 @@ def test_a_signal_with_itself():
     value, found = rewritten(function, u)
     torch.testing.assert_close(value, function(u))
     assert found == 1
+
+
+def test_a_precision_that_nothing_would_have(found):
+    model, ids = Model(FFT["scale_on_filter"]), torch.randint(11, (3, 24))
+    fast = torch.compile(model, backend="flashinf", options={"fallback": "eager", "precision": "tf32"})
+    with pytest.raises(fi_compile.InputError, match="precision='tf32' is of matrix units"):
+        fast(ids)
+    assert not found
+
+
+def test_the_precision_reaches_the_operator():
+    graph = torch.fx.symbolic_trace(lambda u, k: irfft(rfft(u, n=32) * rfft(k, n=32), n=32)[..., :16])
+    values = {"u": torch.zeros(2, 3, 16), "k": torch.zeros(3, 16)}
+    for node in graph.graph.nodes:
+        if node.op != "output":
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: values[n.name])
+            values[node.name] = (
+                values.get(node.name) if node.op == "placeholder" else node.target(*args, **kwargs)
+            )
+            node.meta["example_value"] = values[node.name]
+    assert training.use_long_conv(graph, "bfloat16") == 1
+    with pytest.raises(
+        ValueError, match="precision 'bfloat16' is of a GPU's matrix units; tensors are on a CPU"
+    ):
+        graph(values["u"], values["k"])

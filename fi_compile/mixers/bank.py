@@ -34,7 +34,7 @@ class FilterBank:
     [Cout], the filter of each output channel; None where each has its own. block: the base block K. target: int64 [P],
     ascending, where output channels read several inputs each: `source` and `filter_index` then count pairs, and pair p
     belongs to output channel `target[p]`; None where a pair is an output channel. kernels: `torch`, `native`
-    or `triton`, what runs the tiles (see `tiles`).
+    or `triton`, what runs the tiles (see `tiles`); precision: of their products on matrix units.
 
     reach: the number of lags from the first to the last that is not zero, where a sequence may go on beyond the
     capacity; None where it ends there. A state then drops inputs that no filter reaches any more, and keeps
@@ -62,6 +62,7 @@ class FilterBank:
         block: int,
         reach: int | None = None,
         kernels: str = "torch",
+        precision: str = "float32",
         radix: int = 2,
         deferred: bool = False,
         keep_history: bool = True,
@@ -107,9 +108,11 @@ class FilterBank:
                 f" of {reach + SLACK - 1} positions or more; found {self.capacity}"
             )
         chosen = "torch" if target is not None and kernels == "native" else kernels  # it knows no pairs
-        self.tiles = TILES[chosen](
-            self.filters[:, : self.capacity], self.source, self.filter_index, self.target
-        )
+        if precision != "float32" and chosen != "triton":
+            raise ValueError(f"tiles by {chosen!r} compute in the dtype of the filters, not in {precision!r}")
+        lower = {} if precision == "float32" else {"precision": precision}
+        maps = self.source, self.filter_index, self.target
+        self.tiles = TILES[chosen](self.filters[:, : self.capacity], *maps, **lower)
         self.radix, self.deferred = radix, deferred
         if deferred:
             # Made now: on first use it would hold up a single position.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fi_compile.errors import InputError
 from fi_compile.extension import lanes
-from fi_compile.kernels.channels import chunk_width, take, transform
+from fi_compile.kernels.channels import chunk_width, on_host, take, transform
 from fi_compile.kernels.tile import add_products, add_tile_direct, add_tile_fft, tile_cost, tile_spectrum
 from fi_compile.schedule import Schedule, Tile
 
@@ -47,6 +47,22 @@ def choose_kernels(option: str, device: torch.device) -> str:
     return "triton"
 
 
+def check_precision(precision: str, kernels: str, dtype: torch.dtype) -> None:
+    """Raise InputError where a lower precision is asked for and nothing would be computed in it."""
+    if precision == "float32":
+        return
+    if kernels != "triton":
+        raise InputError(
+            f"option precision={precision!r} is of matrix units, which Triton kernels use: expected"
+            f" kernels='triton' on a GPU, found {kernels!r}; use precision='float32'"
+        )
+    if dtype == torch.float64:
+        raise InputError(
+            f"option precision={precision!r}: a float64 model computes in float64 throughout; use precision='float32',"
+            " or convert the model"
+        )
+
+
 # Values from which on transposing a matrix is faster than writing columns.
 _MATRIX = 1 << 15
 
@@ -65,6 +81,8 @@ class TorchTiles:
         target: Tensor | None = None,
     ):
         self.filters, self.maps = filters, (source, filter_index, target)
+        if target is not None:
+            on_host(target)
         self._made: dict[tuple[str, int, int], Tensor] = {}
 
     def new_state(self, batch: int, channels: int) -> Tensor:

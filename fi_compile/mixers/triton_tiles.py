@@ -24,6 +24,7 @@ class TritonTiles(TorchTiles):
     """Tiles by Triton: direct in registers, then transforms on matrix units, in one launch or in three; or torch's.
 
     The choice goes by what was measured (see `kernels.tuning`), else by the time that an H100's datasheet predicts.
+    precision: of products on matrix units, one of `kernels.gpu.PRECISIONS`.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class TritonTiles(TorchTiles):
         source: Tensor | None,
         filter_index: Tensor | None,
         target: Tensor | None = None,
+        precision: str = "float32",
     ):
         # Only here: who stays with torch's kernels needs no Triton.
         from fi_compile.kernels import tile_direct, tile_fft, tile_forms, tile_kept, tile_stream, tuning
@@ -39,10 +41,12 @@ class TritonTiles(TorchTiles):
         from fi_compile.kernels.monarch import tile_spectrum_gpu, tile_spectrum_stream
 
         super().__init__(filters, source, filter_index, target)
+        self.precision = precision
         # Which pairs an output channel reads, and how many on average.
         self.fan = Fan.of(target)
         self.mean = 1 if self.fan is None else self.fan.mean
-        self._direct, self._forms, self._by_kept, self._rates = tile_direct, tile_forms, tile_kept, H100
+        self._direct, self._forms, self._by_kept = tile_direct, tile_forms, tile_kept
+        self._rates = H100.at(precision)
         self._by_form = {
             "matrix": (tile_spectrum_gpu, tile_fft.add_tile_fft_gpu),
             "stream": (tile_spectrum_stream, tile_stream.add_tile_stream_gpu),
@@ -87,7 +91,7 @@ class TritonTiles(TorchTiles):
         length = side if kept else length
         maps = self.maps[0] if self.maps[0] is not None else self.maps[1]
         channels = self.filters.shape[0] if maps is None else len(maps)
-        key = self._architecture, channels, self._batch, side, 2 if kept else 1
+        key = self._architecture, self.precision, channels, self._batch, side, 2 if kept else 1
         # What was measured are whole tiles of single inputs; those at the capacity may be clipped.
         measured = length == side and self.fan is None
         found = self._measured.fastest(key, self.offered(side)) if measured else None
@@ -121,7 +125,7 @@ class TritonTiles(TorchTiles):
             super()._run(form, tile, outputs, inputs)
         else:
             make, add = self._by_form[form]
-            add(outputs, inputs, self._keep(form, tile.side, make), *self.maps[:2])
+            add(outputs, inputs, self._keep(form, tile.side, make), *self.maps[:2], self.precision)
 
     def lags(self, count: int) -> Tensor:
         """The filters position-major, [T, F]: all of their lags, or `count` at least."""
@@ -239,7 +243,8 @@ class _Work(SpectralWork):
 
     def _transform(self, start: int, first: int, last: int) -> None:
         inputs = self._history[:, first:last, start : start + self.tile.side]
-        self._tiles._by_kept.keep_spectra_gpu(self._kept.of(self.tile.side, start)[:, first:last], inputs)
+        kept = self._kept.of(self.tile.side, start)[:, first:last]
+        self._tiles._by_kept.keep_spectra_gpu(kept, inputs, self._tiles.precision)
 
     def _combine(self, first: int, last: int) -> None:
         tile, (source, filter_index, _), fan = self.tile, self._tiles.maps, self._tiles.fan
@@ -256,4 +261,5 @@ class _Work(SpectralWork):
             return
         ring, spectra = self._kept.ring(tile.side)[:, :, of_inputs], self._spectra[of_filters]
         oldest = self._kept.row(tile.side, tile.inputs.start)
-        self._tiles._by_kept.add_kept_gpu(outputs, ring, oldest, len(tile.blocks), spectra, *places, fan)
+        count, precision = len(tile.blocks), self._tiles.precision
+        self._tiles._by_kept.add_kept_gpu(outputs, ring, oldest, count, spectra, *places, fan, precision)

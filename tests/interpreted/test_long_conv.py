@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from fi_compile.kernels import long_conv_fft
-from fi_compile.kernels.long_conv import _on_gpu, conv_fft, long_conv_reference
+from fi_compile.kernels.long_conv import (
+    _gradient_on_gpu,
+    _on_gpu,
+    conv_fft,
+    filter_gradient,
+    long_conv_reference,
+)
 from fi_compile.kernels.long_conv_fft import blocks_met, conv_gpu, offered
+from fi_compile.kernels.long_conv_gradient import filter_gradient_gpu
+from fi_compile.kernels.long_conv_gradient import offered as gradient_offered
 from guarded import assert_close, channels_last, rand
 
 
@@ -83,14 +91,51 @@ def test_half_precision_and_the_operators_choice():
     assert_close(found, expected, float(expected.abs().max()), units=1)
 
 
+@pytest.mark.parametrize("layout", ["positions", "channels"])
+@pytest.mark.parametrize(
+    ("batch", "width", "length", "lags"),
+    [(1, 3, 256, 256), (3, 5, 600, 300), (1, 2, 1, 1), (2, 3, 257, 257), (3, 1, 255, 1), (1, 5, 700, 900)],
+)
+def test_the_filters_gradient(batch, width, length, lags, layout):
+    """Channels, rows and positions beside those of the operands are NaN; lags without an input are zero."""
+    x, grad = (rand(batch, width, length, dtype=torch.float32, seed=s) for s in range(2))
+    expected = filter_gradient(grad.double(), x.double(), lags)
+    inside = [channels_last(t, gap=2)[0] if layout == "channels" else t for t in (grad, x)]
+    scale = x.double().norm(dim=(0, 2)).max() * grad.double().norm(dim=(0, 2)).max()
+    assert_close(filter_gradient_gpu(*inside, lags), expected, float(scale), units=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_filters_gradient_in_half_precision(dtype):
+    x, grad = (rand(2, 3, 300, dtype=dtype, seed=s) for s in range(2))
+    expected = filter_gradient(grad.double(), x.double(), 300)
+    found = _gradient_on_gpu(grad, x, 300)
+    assert torch.equal(found, filter_gradient_gpu(grad, x, 300))
+    assert found.dtype == dtype
+    assert_close(found, expected, float(expected.abs().max()), units=1)
+
+
+def test_where_the_filters_gradient_is_a_launch():
+    x = torch.zeros(1, 3, 5000)
+    assert gradient_offered(x, 2048)
+    assert not gradient_offered(x, 2049)
+    assert gradient_offered(x[..., :2048], 5000)
+    assert not gradient_offered(x.double(), 10)
+
+
 def test_gradients_through_the_kernel(monkeypatch):
-    """The gradients of the operator, where its convolutions are launches."""
-    library = torch.library.Library("flashinf", "IMPL")
+    """The gradients of the operator, where its convolutions and its filter's gradient are launches."""
+    library, launches, gradients = torch.library.Library("flashinf", "IMPL"), [], []
+
+    def counted(*args):
+        gradients.append(1)
+        return filter_gradient_gpu(*args)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the form that this hides
         library.impl("long_conv", conv_gpu, "CPU", allow_override=True)
+        library.impl("long_conv_filter_gradient", counted, "CPU", allow_override=True)
     operands = [t.requires_grad_() for t in problem(2, 3, 600, 600)]
-    launches = []
     spectra = long_conv_fft.spectra_of
     monkeypatch.setattr(long_conv_fft, "spectra_of", lambda *a: launches.append(1) or spectra(*a))
     try:
@@ -100,5 +145,6 @@ def test_gradients_through_the_kernel(monkeypatch):
         library._destroy()
     expected = torch.autograd.grad(long_conv_reference(*operands).sin().sum(), operands)
     assert len(launches) == 3
+    assert len(gradients) == 1
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b.double(), 30 * float(b.abs().max()), units=10)

@@ -14,7 +14,7 @@ from fi_compile.gpu_costs import GpuCosts
 from fi_compile.kernels import tile_forms
 from fi_compile.kernels.block import block_sum
 from fi_compile.kernels.channels import gathered
-from fi_compile.mixers import triton_tiles
+from fi_compile.mixers import tiles, triton_tiles
 from fi_compile.mixers.reference import convolve
 from fi_compile.mixers.stack import ConvState, FilterBank
 from fi_compile.schedule import Tile
@@ -94,6 +94,29 @@ def test_every_tiling_equals_the_direct_sum(radix, deferred, maps, monkeypatch):
     assert state.tiles_run == bank.schedule(0).count_tiles()
     assert state.nbytes == predicted["state"] + predicted["spectra of inputs"]
     assert bank.nbytes == predicted["filters"] + predicted["spectra of filters"]
+
+
+def test_channels_that_meet_by_transforms_read_no_value_on_the_host(monkeypatch):
+    """In float64 large tiles take torch's transforms, and sum pairs by their outputs."""
+    monkeypatch.setattr(tile_forms, "LARGEST", 0)
+    source, target = torch.tensor([0, 1, 0, 1]), torch.tensor([0, 0, 1, 1])
+    filters = rand(4, 64, dtype=torch.float64, seed=1)
+    bank = FilterBank(filters, source, None, target, channels_in=2, block=8, kernels="triton", radix=4)
+    inputs, state = rand(1, 2, 64, dtype=torch.float64), ConvState(bank, 1)
+    assert {bank.tiles.form(tile) for tile in bank.schedule(0)} == {"fft"}
+    # Names of channels that repeat are asked for on a CPU alone.
+    monkeypatch.setattr(tiles, "transform", lambda x, s, n, a, b: torch.fft.rfft(x[:, s[a:b]], n=n))
+    bank.tiles.prepare(bank.schedule(0))
+    outputs = []
+    while state.position < 64:
+        t = state.position
+        terms = bank.skip * inputs[:, source, t]
+        terms += block_sum(state.block_inputs, bank.block_table, torch.tensor([state.local]), source)
+        outputs.append(state.block_pending[state.local] + terms.unflatten(1, (2, 2)).sum(-1))
+        state.block_inputs[state.local] = inputs[:, :, t]
+        with NoHostReads():
+            state.advance()
+    assert_exact(torch.stack(outputs, -1), inputs, filters, source, None, 2)
 
 
 @pytest.mark.parametrize(("radix", "deferred"), [(4, False), (2, True)])

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks import gpu
 
-KEY = ("interpreted", 2, 1, 32, 1)
+KEY = ("interpreted", "float32", 2, 1, 32, 1)
 SECONDS = {"direct": 3e-5, "matrix": 1e-5, "fft": 2e-5}
 
 
@@ -48,7 +48,7 @@ def test_what_was_measured_is_chosen(path):
     assert form() == "matrix"
     # Another side, batch or number of channels, and tiles cut short, were not measured.
     assert form(64) == form(length=5) == form(batch=2) == form(channels=3) == "direct"
-    tuning.save({KEY: {**SECONDS, "fft": 1e-6}, (*KEY[:3], 64, 1): SECONDS})
+    tuning.save({KEY: {**SECONDS, "fft": 1e-6}, (*KEY[:4], 64, 1): SECONDS})
     assert form() == "fft"
     assert form(64) == "matrix"
     # A form that was not measured might be faster.
@@ -68,7 +68,7 @@ def test_a_table_for_channels_through_maps(path):
 
 def test_tiles_that_keep_spectra_have_entries_of_their_own(path):
     """All of a side take one form, whether whole or cut short, for each number of rows its own."""
-    tuning.save({KEY: SECONDS, (*KEY[:4], 2): {**SECONDS, "fft": 1e-6}, (*KEY[:2], 2, 32, 2): SECONDS})
+    tuning.save({KEY: SECONDS, (*KEY[:5], 2): {**SECONDS, "fft": 1e-6}, (*KEY[:3], 2, 32, 2): SECONDS})
     tiles = TritonTiles(torch.zeros(2, 256), None, None)
     found = []
     for batch, length in ((1, 32), (1, 5), (2, 32)):
@@ -90,8 +90,8 @@ def test_a_foreign_table_counts_as_none(path, change):
         warnings.simplefilter("error")
         assert form() == "direct"
     # And is replaced, not mixed with.
-    tuning.save({(*KEY[:3], 64, 1): SECONDS})
-    assert set(tuning.load().tiles) == {(*KEY[:3], 64, 1)}
+    tuning.save({(*KEY[:4], 64, 1): SECONDS})
+    assert set(tuning.load().tiles) == {(*KEY[:4], 64, 1)}
 
 
 def _entry(text: str, **change) -> str:
@@ -115,6 +115,7 @@ def _entry(text: str, **change) -> str:
         lambda text: _entry(text, seconds={"direct": 0.0}),
         lambda text: _entry(text, seconds=None),
         lambda text: _entry(text, architecture=None),
+        lambda text: _entry(text, precision=None),
     ],
 )
 def test_a_corrupt_table_warns_and_the_datasheet_decides(path, spoil):
@@ -138,13 +139,18 @@ def test_the_command_at_toy_sizes(path, tmp_path, monkeypatch, capsys):
     """Tuning, mixers, whole models, files: everything but the tests, which need a GPU."""
     monkeypatch.setattr(gpu, "run_tests", lambda: 0)
     out = tmp_path / "out"
-    assert gpu.main(["--tiny", "--output", str(out)]) == 0
+    assert gpu.main(["--tiny", "--precisions", "float32", "tf32", "--output", str(out)]) == 0
     found = json.loads((out / "results.json").read_text())
     assert found["means nothing"]
     assert not path.exists()
     table = tuning.load(out / "tiles.json").tiles
     tiles = ((8, 1), (8, 2), (16, 1))
-    assert set(table) == {("interpreted", 3, batch, *tile) for batch in (1, 2) for tile in tiles}
+    assert set(table) == {
+        ("interpreted", precision, 3, batch, *tile)
+        for precision in ("float32", "tf32")
+        for batch in (1, 2)
+        for tile in tiles
+    }
     schemes = {"lazy", "eager", "published", "torch", "flashinf"}
     for kind, more in (("mixers", set()), ("end_to_end", {"naive"})):
         for setting in found[kind]:
