@@ -244,12 +244,6 @@ def decay_by_position(q, k, v):
     return (torch.tril(q @ k.mT) * scalar(q, 0.99) ** (i[:, None] + i[None, :])) @ v
 
 
-def decay_from_data(q, k, v):
-    total = F.logsigmoid(k[..., 0]).cumsum(-1)
-    kept = (total[..., :, None] - total[..., None, :]).masked_fill(~seen(q), -torch.inf)
-    return (q @ k.mT * kept.exp()) @ v
-
-
 def squared_scores(q, k, v):
     scores = torch.tril(q @ k.mT)
     return (scores * scores) @ v
@@ -266,7 +260,7 @@ def one_value_as_query_and_key(q, k, v):
 
 CACHED: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
     hole, hole_in_a_decay, window, nearly_geometric, two_rates, hidden_position, hidden_pair, decay_by_position,
-    decay_from_data, clamped_scores, squared_scores, scores_plus_a_table, one_value_as_query_and_key,
+    clamped_scores, squared_scores, scores_plus_a_table, one_value_as_query_and_key,
 ]  # fmt: skip
 
 

@@ -342,6 +342,8 @@ def masked_fill(c: Call) -> Fact:
         raise Deny("length_as_value", "fills a value that carries a factor of the length")
     if zero:
         c.note_linear([c.arg("self")], invariant=False)
+    else:
+        c.affine_groups.append(frozenset({c.arg("self")}))
     return finish(c, broadcast(facts, "any"), scale)
 
 
