@@ -20,6 +20,7 @@ from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min
 from .alike import are_alike, is_same
 from .errors import Refusal, Unsupported
 from .guards import HORIZON, from_whole_sizes, lengths_of
+from .outright import refuse_outright
 from .passes.prove_prefix import prove_prefix
 from .program import Program, as_expr, is_integer, is_tensor
 from .questions import UNKNOWN
@@ -49,9 +50,12 @@ def cover_lengths(
     ``trace(n, general=True)`` traces the model at length n without the guards of torch's own, see
     :func:`~.exporting.export_module`, ``trace(n, pinned=True)`` for that length alone; ``compare(program, lengths)``
     names those at which model and program differ on random input, as they are known to at ``odd``. Of what is left,
-    lengths above ``near`` end the range, and shorter ones raise the fewest positions.
+    lengths above ``near`` end the range, and shorter ones raise the fewest positions. Raises
+    :class:`~.outright.Outright` before any trace is made where the model is refused whatever it does there.
     """
     walk = _Walk(program, trace, near)
+    if not walk.known.all():
+        refuse_outright(program, near)
     for n in odd:
         walk.give_up(n)
     walk.run()

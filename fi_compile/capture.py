@@ -28,6 +28,7 @@ from .compare import attributes_kept, batches_agree, disagreements
 from .errors import Refusal, Unsupported
 from .exporting import export_module
 from .guards import admitted_lengths, from_whole_sizes, rows_left_out
+from .outright import Outright, whole_chunks
 from .program import Input, Kind, Lengths, Program, is_tensor, sizes, source_of
 from .questions import TORCH, UNKNOWN, UNKNOWN_LENGTH, called, questions
 from .spelled_out import shape_env_of
@@ -69,6 +70,8 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
                 odd = disagreements(program, model)
             if not odd:
                 program = _covered(program, model, near)
+        except Outright:
+            raise
         except Exception as error:
             failures.append(error)
             continue
@@ -87,7 +90,9 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
         raise refusals[-1]
     if failures:
         error = next(e for e in failures if not isinstance(e, Unsupported))
-        raise Unsupported(_trace_refusal(error)) from error
+        with attributes_kept(model):
+            chunk = whole_chunks(model, example)
+        raise Unsupported(_trace_refusal(error) if chunk is None else _chunks_only(chunk)) from error
     raise Unsupported(
         Refusal(
             "length_dependent",
@@ -353,6 +358,14 @@ def _symbol(size: Any) -> sympy.Symbol | int:
 def _attribute(model: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
     return getattr(model.get_submodule(owner), name)
+
+
+def _chunks_only(chunk: int) -> Refusal:
+    return Refusal(
+        "lengths",
+        f"the forward runs at multiples of {chunk} positions only: there is no next position to decode",
+        hint=f"pad to whole chunks of {chunk} in the forward, and cut what is returned",
+    )
 
 
 def _trace_refusal(error: Exception) -> Refusal:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from .heads import with_heads_apart
 from .latest import with_latest_delayed
-from .mixers.attention import with_masks, with_queries_apart
+from .mixers.attention import with_masks, with_operands_apart
 from .mixers.spectra import with_taps
 from .pieces import with_pieces_apart
 from .program import Program
@@ -31,4 +31,4 @@ def rewritten(program: Program) -> tuple[Program, Mapping[str, float]]:
     for rewrite in _FIRST:
         program = rewrite(program)
     program, dropped = with_taps(program)
-    return with_queries_apart(with_masks(program)), dropped
+    return with_operands_apart(with_masks(program)), dropped

@@ -21,7 +21,7 @@ from .program import Program, add_call, as_expr, given_arguments, is_tensor, is_
 from .rules.pointwise import UNARY_ANY, UNARY_LINEAR, UNARY_ZERO
 
 aten = torch.ops.aten
-_WRITES = frozenset({"slice_scatter", "select_scatter", "copy", "fill"})
+_WRITES = frozenset({"slice_scatter", "select_scatter", "copy", "fill", "index_put", "index_copy"})
 _BY_ENTRY = frozenset({*UNARY_LINEAR, *UNARY_ZERO, *UNARY_ANY, "add", "sub", "rsub", "mul", "div"})
 _BY_ENTRY -= {
     "view_as_real",
@@ -50,6 +50,7 @@ def with_writes_resolved(program: Program) -> Program:
         slice_scatter(y, v, 2, 3, 5)           cat([y[..., :3], v, y[..., 5:]], 2)
         slice_scatter(y, v, 2, 1, end, 2)      stack([y[..., ::2], v], 3).flatten(2)
         slice_scatter(zeros, v, 1, 0, s)       constant_pad_nd(v, …)
+        index_put(y, [None, arange(s)], v)     as slice_scatter(y, v, 1, 0, s)
 
     v at its positions is ``f(y, x[t - 1])`` where it was ``f(y[:, 1:], x[:, :-1])``, and v padded else. Where the
     twins do not compute the same, nothing is changed.
@@ -99,7 +100,11 @@ class _Resolving:
                 value = self.call(aten.full.default, [], value, dtype=place.dtype, device=place.device)
             return self.copy(given["self"], value)
         whole: fx.Node = given["input" if "input" in given else "self"]
+        if name == "index_put":
+            return self.put(whole, given["indices"], given["values"], bool(given.get("accumulate")))
         dim = given.get("dim", 0) % whole.meta["val"].dim()
+        if name == "index_copy":
+            return self.put(whole, [None] * dim + [given["index"]], given["source"], False)
         if name == "select_scatter":
             source = self.call(aten.unsqueeze.default, given["src"], dim)
             return self.written(whole, source, dim, given["index"], _after(given["index"]), 1)
@@ -173,6 +178,20 @@ class _Resolving:
         if is_zero(whole) and (self.paddings or _slice_of(source, dim) is not None):
             return self.padded(source, dim, found[0], whole)
         return self.call(aten.where.self, self.within(whole, dim, found), placed, whole)
+
+    def put(self, whole: fx.Node, indices: list[Any], source: fx.Node, adds: bool) -> fx.Node | None:
+        """What is written to entries named one by one, if they are all from one to another along one dimension."""
+        named = [d for d, index in enumerate(indices) if index is not None]
+        found = _consecutive(indices[named[0]]) if len(named) == 1 and not adds else None
+        if found is None:
+            return None
+        (dim,), count = named, self.size(indices[named[0]], 0)
+        shape = [count if d == dim else self.size(whole, d) for d in range(len(sizes(whole)))]
+        if len(sizes(source)) != len(shape) or any(
+            as_expr(a) != as_expr(b) for a, b in zip(sizes(source), shape, strict=True)
+        ):
+            source = self.call(aten.expand.default, source, shape)
+        return self.written(whole, source, dim, *found, 1)
 
     def cut(self, whole: fx.Node, dim: int, start: int, end: int) -> fx.Node | None:
         return self.call(aten.slice.Tensor, whole, dim, start, end) if start < end else None
@@ -280,6 +299,19 @@ class _Resolving:
         return self.call(
             aten.constant_pad_nd.default, source, [0] * (2 * (len(sizes(source)) - dim - 1)) + [start, behind]
         )
+
+
+def _consecutive(index: fx.Node) -> tuple[Any, Any] | None:
+    """First and end of indices one after another."""
+    while operator_name(index.target) in (*_COPIES, "to", "_to_copy"):
+        index = index.args[0]  # type: ignore[assignment]
+    if operator_name(index.target) != "arange" or index.meta["val"].dtype != torch.int64:
+        return None
+    given = given_arguments(index)
+    start = given.get("start", 0)
+    return (
+        (start, given["end"]) if given.get("step", 1) == 1 and isinstance(start, int) and start >= 0 else None
+    )
 
 
 def _after(index: Any) -> Any:

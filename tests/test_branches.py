@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decoding import Net, by_speed, decoder, features, gap
+from fi_compile import capture
 from fi_compile.capture import trace_module
 from fi_compile.errors import FlashinfError, Unsupported
 from fi_compile.guards import lengths_of
@@ -341,3 +342,39 @@ def test_rows_beside_lengths():
         return x * 2 if x.shape[0] * x.shape[1] == 36 else x
 
     assert traced(Net(function), None).batch == 2
+
+
+def looks_ahead(x: Tensor) -> Tensor:
+    return x.flip(1).cumsum(1).flip(1)
+
+
+def by_an_unknown_operator(x: Tensor) -> Tensor:
+    """Sums of eight positions each, by an operator without a rule."""
+    return F.pad(x, (0, 0, 7, 0)).unfold(1, 8, 1).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"), [(looks_ahead, "non_causal"), (by_an_unknown_operator, "unknown_operator")]
+)
+def test_no_other_length_is_traced_for_what_is_refused_anyway(function, kind, monkeypatch):
+    """A branch at some of every 8 lengths would take a trace for each; none of them could help."""
+
+    def padded(net: Net, x: Tensor) -> Tensor:
+        return function(padded_to_whole_chunks(net, x))
+
+    made: list[Any] = []
+    trace_like = capture._trace_like
+    monkeypatch.setattr(capture, "_trace_like", lambda *a, **k: made.append(a) or trace_like(*a, **k))
+    with pytest.raises(Unsupported) as refused:
+        traced(Net(padded), 60)
+    assert refused.value.refusals[0].kind == kind
+    assert not made
+
+
+def test_a_forward_of_whole_chunks_only():
+    def chunked(net: Net, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], -1, 4, WIDTH).cumsum(2).view(x.shape)
+
+    with pytest.raises(Unsupported, match="multiples of 4 positions only") as refused:
+        traced(Net(chunked), None)
+    assert refused.value.refusals[0].kind == "lengths"

@@ -186,11 +186,28 @@ def weighted_sum_of_keys(q, k, v):
     return torch.tril(elu(q) @ elu(k).mT).sum(-1, keepdim=True) * v
 
 
+def one_value_as_query_and_key(q, k, v):
+    return torch.einsum("bhtd,bhsd,ts,bhse->bhte", q, q, causal(q), v)
+
+
+def one_value_as_all(q, k, v):
+    return (q @ q.mT).tril() @ q
+
+
+def one_value_as_all_in_one_einsum(q, k, v):
+    return torch.einsum("bhtd,bhsd,ts,bhse->bhte", q, q, causal(q), q)
+
+
+def keys_as_values(q, k, v):
+    return torch.einsum("bhts,bhse->bhte", torch.einsum("bhtd,bhsd->bhts", q, k).tril(), k)
+
+
 RECURRENT: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
     linear_quadratic, retention, relu_with_epsilon, softmax_features, normalised_scores, scaled_by_a_reciprocal,
     hedgehog, based, positions_before_heads, one_einsum, exponential_decay, retention_through_infinity, rotated,
     earlier_positions_only, own_position_apart, shared_keys, gated_keys, divided_keys, mean_so_far, growing,
-    alternating, summed_decay, weighted_sum_of_keys,
+    alternating, summed_decay, weighted_sum_of_keys, one_value_as_query_and_key, one_value_as_all,
+    one_value_as_all_in_one_einsum, keys_as_values,
 ]  # fmt: skip
 
 
@@ -244,12 +261,6 @@ def decay_by_position(q, k, v):
     return (torch.tril(q @ k.mT) * scalar(q, 0.99) ** (i[:, None] + i[None, :])) @ v
 
 
-def decay_from_data(q, k, v):
-    total = F.logsigmoid(k[..., 0]).cumsum(-1)
-    kept = (total[..., :, None] - total[..., None, :]).masked_fill(~seen(q), -torch.inf)
-    return (q @ k.mT * kept.exp()) @ v
-
-
 def squared_scores(q, k, v):
     scores = torch.tril(q @ k.mT)
     return (scores * scores) @ v
@@ -260,13 +271,9 @@ def scores_plus_a_table(q, k, v):
     return torch.tril(q @ k.mT + far) @ v
 
 
-def one_value_as_query_and_key(q, k, v):
-    return torch.einsum("bhtd,bhsd,ts,bhse->bhte", q, q, causal(q), v)
-
-
 CACHED: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [
     hole, hole_in_a_decay, window, nearly_geometric, two_rates, hidden_position, hidden_pair, decay_by_position,
-    decay_from_data, clamped_scores, squared_scores, scores_plus_a_table, one_value_as_query_and_key,
+    clamped_scores, squared_scores, scores_plus_a_table,
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from fi_compile.program import Program, operator_name
 from fi_compile.written import with_writes_resolved
 
 WIDTH = 8
-WRITES = {"slice_scatter", "select_scatter", "copy", "fill"}
+WRITES = {"slice_scatter", "select_scatter", "copy", "fill", "index_put", "index_copy"}
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +131,15 @@ def several_writes(net: Writes, x: Tensor) -> Tensor:
     return y
 
 
+def by_number(net: Writes, x: Tensor) -> Tensor:
+    """A cache of fixed size, and a shift, through lists of positions."""
+    batch, length, width = x.shape
+    cache, later = x.new_zeros(batch, 64, width), torch.zeros_like(x)
+    cache[:, torch.arange(length)] = net.linear(x)
+    later.index_copy_(1, torch.arange(1, length), x[:, :-1].tanh())
+    return cache[:, :length].cumsum(1) + later
+
+
 KINDS = {
     moved_by_one: {"short_conv"},
     rotated: {"short_conv"},
@@ -143,12 +152,13 @@ KINDS = {
     every_second_feature: {"attention"},
     in_a_padded_buffer: {"long_conv"},
     several_writes: {"short_conv"},
+    by_number: {"scan", "short_conv"},
 }
 
 
 @pytest.mark.parametrize(
     "function",
-    by_speed(KINDS, (some_channels, every_second_feature, in_a_padded_buffer).__contains__),
+    by_speed(KINDS, (some_channels, every_second_feature, in_a_padded_buffer, by_number).__contains__),
 )
 def test_increments(function):
     net = made(function)
@@ -164,7 +174,7 @@ def written_in(program: Program) -> set[str]:
     return {operator_name(n.target) for n in program.graph.nodes if n.op == "call_function"} & WRITES
 
 
-@pytest.mark.parametrize("function", by_speed(KINDS, (first_row,).__contains__))
+@pytest.mark.parametrize("function", by_speed(KINDS, (first_row, by_number).__contains__))
 def test_no_write_is_left_and_nothing_changes(function):
     net = made(function)
     traced = trace_module(net, features(2, 9, WIDTH))
@@ -209,10 +219,31 @@ def read_of_what_is_left(net: Writes, x: Tensor) -> Tensor:
     return y
 
 
-TRAPS = [next_position, came_around, newest_position, second_half, read_of_what_is_left]
+def earlier_by_number(net: Writes, x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, torch.arange(x.shape[1] - 1)] = x[:, 1:]
+    return y
 
 
-@pytest.mark.parametrize("function", by_speed(TRAPS, (came_around,).__contains__))
+def added_by_number(net: Writes, x: Tensor) -> Tensor:
+    y = x.roll(1, 1).transpose(0, 1)
+    return y.index_put((torch.arange(x.shape[1]),), x.transpose(0, 1), accumulate=True).transpose(0, 1)
+
+
+TRAPS = [
+    earlier_by_number,
+    added_by_number,
+    next_position,
+    came_around,
+    newest_position,
+    second_half,
+    read_of_what_is_left,
+]
+
+
+@pytest.mark.parametrize(
+    "function", by_speed(TRAPS, (came_around, earlier_by_number, added_by_number).__contains__)
+)
 def test_writes_that_see_later_positions_are_refused(function):
     net, sequence = made(function), features(2, 40, WIDTH)
     assert gap(net(sequence)[:, :20], net(sequence[:, :20])) > 1e-6

@@ -41,50 +41,62 @@ def with_masks(program: Program) -> Program:
     return replace(program, module=fx.GraphModule(nn.Module(), graph))
 
 
-def with_queries_apart(program: Program) -> Program:
-    """The same program where no value enters an operator over pairs of positions twice: one of the two is a copy.
+def with_operands_apart(program: Program) -> Program:
+    """The same program where no value enters weights over pairs of positions twice: all uses but one read copies.
 
     Before and after::
 
-        y = scaled_dot_product_attention(x, x, x, mask)
-        y = scaled_dot_product_attention(clone(x), x, x, mask)
+        y = scaled_dot_product_attention(x, x, x, mask)         y = (x @ x.mT * mask) @ x
+        y = scaled_dot_product_attention(clone(x), x, x, mask)  y = (x @ x.mT * mask) @ clone(x)
 
-    Of queries the newest row is demanded, of keys all rows so far: the copy is read one way, its source the other.
+    Of queries the newest row is demanded, of keys all rows so far, and what is linear in each use alone is not in all.
+    The keys and values of an attention operator stay one.
     """
-    shared = {
-        node: query for node in program.graph.nodes if (query := _shared_query(program, node)) is not None
-    }
-    if not shared:
+    entered: dict[fx.Node, frozenset[fx.Node]] = {}
+    copies = {node: found for node in program.graph.nodes if (found := _copies(program, node, entered))}
+    if not copies:
         return program
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
-        if node in shared:
-            copied[node] = _apart(graph, node, shared[node], copied)
-        else:
-            copied[node] = graph.node_copy(node, copied.__getitem__)
+        clones = [of and _clone(graph, node, of, copied) for of in copies.get(node, ())]
+        uses = iter(clones)
+        copied[node] = graph.node_copy(node, lambda of, uses=uses: next(uses, None) or copied[of])
     graph.lint()
     return replace(program, module=fx.GraphModule(nn.Module(), graph))
 
 
-def _apart(graph: fx.Graph, node: fx.Node, query: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The call with a copy where it first reads the query."""
-    clone = torch.ops.aten.clone.default
-    place = [add_call(graph, node, node.meta["val"].fake_mode, clone, (copied[query],))]
-    place[0].meta.pop(WHOLE, None)
-    return graph.node_copy(node, lambda of: place.pop() if of is query and place else copied[of])
+def _clone(graph: fx.Graph, node: fx.Node, of: fx.Node, copied: dict[fx.Node, fx.Node]) -> fx.Node:
+    clone = add_call(graph, node, node.meta["val"].fake_mode, torch.ops.aten.clone.default, (copied[of],))
+    clone.meta.pop(WHOLE, None)
+    return clone
 
 
-def _shared_query(program: Program, node: fx.Node) -> fx.Node | None:
-    """The first sequence that an operator makes or weighs pairs of positions of, if it is another of them too."""
+def _copies(
+    program: Program, node: fx.Node, entered: dict[fx.Node, frozenset[fx.Node]]
+) -> list[fx.Node | None] | None:
+    """Of every value a call reads, in order, itself where it is to be copied; None where nothing is.
+
+    ``entered`` says of values over pairs of positions which values of one position are behind them; kept up to date.
+    """
     if node.op != "call_function" or not is_tensor(node) or node not in program.input_dependent:
-        return None
-    if operator_name(node.target) != "scaled_dot_product_attention" and len(axes_of(program, node).rows) < 2:
         return None
     read: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), lambda n: read.append(n) or n)
-    first = next(filter(is_tensor, read))
-    return first if read.count(first) > 1 and len(axes_of(program, first).rows) == 1 else None
+    ones = [n for n in read if is_tensor(n) and len(axes_of(program, n).rows) == 1]
+    inside = frozenset[fx.Node]().union(*(entered.get(n, ()) for n in read))
+    attends = operator_name(node.target) == "scaled_dot_product_attention"
+    makes_pairs = len(axes_of(program, node).rows) > 1
+    if makes_pairs:
+        entered[node] = inside.union(ones)
+    if not (attends or makes_pairs or any(is_tensor(n) and len(axes_of(program, n).rows) > 1 for n in read)):
+        return None
+    again = [n in inside or n in (read[i + 1 :] if i == 0 or not attends else ()) for i, n in enumerate(read)]
+    found = [
+        n if twice and n in ones and n in program.input_dependent else None
+        for n, twice in zip(read, again, strict=True)
+    ]
+    return found if any(found) else None
 
 
 def _is_causal(node: fx.Node) -> bool:

@@ -31,7 +31,8 @@ class Operand:
     """A value of one sequence axis that enters the group.
 
     ``letters``: of the channels whose size is not 1. ``newest``: read at the newest position (a query). ``factor``: the
-    operator that scales the scores by it in a way not linear in it, such as a division.
+    operator that scales the scores by it in a way not linear in it, such as a division. ``sign``: 1 or -1 where
+    it is an exponent: in the products it stands for ``exp(sign · value)``.
     """
 
     node: fx.Node
@@ -39,6 +40,7 @@ class Operand:
     newest: bool
     letters: str = ""
     factor: fx.Node | None = None
+    sign: int = 0
 
     def canonical(self, value: Tensor) -> Tensor:
         """A value of this operand's own layout as [B, …letters, n]."""
@@ -46,7 +48,9 @@ class Operand:
         return flat.reshape(flat.shape[0], *(n for n in self.layout.channels if n != 1), flat.shape[-1])
 
     def read(self, value: Tensor) -> Tensor:
-        """What the node's value stands for in the products, [B, C, n]."""
+        """What the node's value stands for in the products, or the logarithm of that for an exponent: [B, C, n]."""
+        if self.sign:
+            return self.sign * self.layout.flatten(value)
         return self.layout.flatten(
             value if self.factor is None else score_scale(self.factor, self.node, value)
         )
@@ -130,7 +134,9 @@ class Group:
         env: dict[fx.Node, Any] = {**self.given, **(tables or {})}
         scale: dict[fx.Node, Tensor] = {}
         for operand, value in zip(operands, values, strict=True):
-            if operand.factor is None:
+            if operand.sign:
+                env[operand.node] = operand.sign * value.log()
+            elif operand.factor is None:
                 env[operand.node] = value
             else:
                 scale[operand.factor] = value

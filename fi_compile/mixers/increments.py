@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .chunked_attention import ChunkedAttention
 from .convolution import Convolution
+from .fading_sums import FadingSums
 from .folds import Fold, RunningFold
 from .linear_attention import LinearAttention
 from .outer_sums import OuterSums
@@ -77,8 +78,12 @@ INCREMENTS: dict[str, Callable[[Convolution], Increment]] = {
 }
 
 
+def _sums(mixer: LinearAttention) -> Increment:
+    return FadingSums(mixer) if any(mixer.exponents) else OuterSums(mixer)
+
+
 _OF_CLASS: dict[type, Callable[[Any], Increment]] = {
-    LinearAttention: OuterSums,
+    LinearAttention: _sums,
     ChunkedAttention: OuterSums,
     SlidingAttention: KeyRing,
     Fold: RunningFold,

@@ -1,7 +1,8 @@
 """Linear attention: a sum over earlier positions that is linear in a query and in keys, and its weights by lag.
 
 Each row is ``Σ_{j≤t} d(t - j)·⟨queries[t], keys[j] ⊗ …⟩``, d a geometric sequence from lag 1 on: a state takes the
-place of keys and values (`outer_sums.py`).
+place of keys and values (`outer_sums.py`). Where queries or keys are exponentials, ``exp(a[t] + b[j])`` as decays from
+data have them, d is constant from lag 1 on, and the state is kept in their scale (`fading_sums.py`).
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ class LinearAttention:
         return tuple(o.node for o in self.operands)
 
     @property
+    def exponents(self) -> tuple[bool, ...]:
+        """Which operands enter as exponents."""
+        return tuple(o.sign != 0 for o in self.operands)
+
+    @property
     def channels(self) -> tuple[int, ...]:
         """How many channels each operand has."""
         return tuple(o.layout.count for o in self.operands)
@@ -115,6 +121,8 @@ class LinearAttention:
             parts.append(lag.permute(order).reshape([self.how.sizes[x] if x in kept else 1 for x in state]))
         now, past, second = parts
         decay = torch.where(past == 0, 0.0, second / torch.where(past == 0, 1.0, past))
+        if any(self.exponents):  # these alone make weights fade, or the recurrence does not hold
+            decay = torch.ones_like(decay)
         found = Decay(now, past, decay)
         if not all(bool(torch.isfinite(part).all()) for part in (now, past, decay)):
             raise FilterGrew(self.name)
@@ -182,6 +190,7 @@ def _row_agrees(found: LinearAttention, lag_tables: LagTables) -> bool:
             batch = lag_tables.batch if operand.layout.batch is not None else 1
             n = 1 if operand.newest else stop - start
             flat = torch.randn(batch, operand.layout.count, n, dtype=torch.float64, generator=generator)
+            flat = flat.abs() if operand.sign else flat
             values.append(operand.layout.unflatten(flat.to(found.program.example.device)))
         actual = found.layout_out.flatten(group.run(found.operands, values, {**fixed, **part}, queries_at))
         queries, keys = canonical(found.operands, values)

@@ -24,6 +24,7 @@ from fi_compile.twin import widen_call
 from fi_compile.units import Unit, run_unit
 
 from .convolution import FilterGrew, layout_of, parameters_behind
+from .exponents import exponent_sign
 from .groups import Group, Operand, canonical, close, noise_of, random_tables, score_scale
 from .lag_tables import scrambled
 from .layout import Layout
@@ -83,10 +84,11 @@ def _operands(
 ) -> tuple[Operand, ...] | None:
     found = []
     for node in group.ones:
-        factor = None
+        factor, sign = None, 0
         if not is_affine(group.unit, node):
             factor = _factor(group, node, proof)
-            if factor is None:
+            sign = 0 if factor is not None else exponent_sign(group, node, proof)
+            if factor is None and not sign:
                 return None
         layout = layout_of(group.analysis, node)
         if layout is not None and factor is not None:
@@ -99,7 +101,7 @@ def _operands(
             layout.batch is None and node in group.program.input_dependent and _has_batch(group)
         ):
             return None
-        found.append(Operand(node, layout, False, factor=factor))
+        found.append(Operand(node, layout, False, factor=factor, sign=sign))
     return tuple(found)
 
 

@@ -33,6 +33,7 @@ from fi_compile.program import is_integer, operator_name
 from . import affine as index
 from . import chunks
 from .call import Call, is_one, rule
+from .erased import as_shown
 from .triangles import combined, evaluated
 
 # f linear; f(0) = 0; any f of any number of operands.
@@ -315,7 +316,11 @@ def value_bounds(fact: Fact) -> tuple[Any, Any] | None:
 def where(c: Call) -> Fact:
     """A selection; with a 0/False branch it is linear in the other."""
     nodes = [n for n in (c.arg("self"), c.arg("other")) if isinstance(n, fx.Node)]
-    facts = [c.fact(n) for n in c.tensors()]
+    chosen = c.arg("condition")
+    hidden = {c.arg("self"): [(chosen, torch.logical_not)], c.arg("other"): [(chosen, torch.Tensor.bool)]}
+    if c.arg("self") is c.arg("other"):
+        hidden = {}
+    facts = [as_shown(c, n, hidden.get(n, [])) for n in c.tensors()]
     branches = [c.fact(n) for n in nodes]
     scale: Any = branches[0].scale if branches else 1.0
     if any(f.scaled for f in facts):
@@ -334,7 +339,8 @@ def _only(node: fx.Node, nodes: list[fx.Node], facts: list[Fact]) -> bool:
 @rule("masked_fill", scales=True, junk=True)
 def masked_fill(c: Call) -> Fact:
     """x with a value where the mask is set."""
-    facts = [c.fact(n) for n in c.tensors()]
+    mask = (c.arg("mask"), torch.Tensor.bool)
+    facts = [as_shown(c, n, [mask] if n is c.arg("self") else []) for n in c.tensors()]
     value = c.arg("value")
     zero = (c.fact(value).fill if isinstance(value, fx.Node) else value) == 0
     scale = c.fact("self").scale
@@ -342,6 +348,8 @@ def masked_fill(c: Call) -> Fact:
         raise Deny("length_as_value", "fills a value that carries a factor of the length")
     if zero:
         c.note_linear([c.arg("self")], invariant=False)
+    else:
+        c.affine_groups.append(frozenset({c.arg("self")}))
     return finish(c, broadcast(facts, "any"), scale)
 
 
@@ -462,7 +470,7 @@ def counted(size: Quantity, step: int, offset: Quantity) -> Axis:
 def mul(c: Call) -> Fact:
     """A product: of spectra a convolution, of values elementwise; a length becomes a scale."""
     nodes = c.tensors()
-    facts = [c.fact(n) for n in nodes]
+    facts = [as_shown(c, n, [(m, lambda v: v == 0) for m in nodes if m is not n]) for n in nodes]
     if len(nodes) == 1 and all(
         isinstance(c.arg(k), fx.Node) and not is_integer(c.arg(k)) for k in ("self", "other")
     ):

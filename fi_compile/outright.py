@@ -1,0 +1,66 @@
+"""Refusals that no trace can lift: for reasons other than lengths, and of models that run at few lengths only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import Unsupported
+from .passes.propose_consistency import Consistency, explain_inconsistency, propose_consistency
+from .passes.prove_prefix import prove_prefix
+from .program import Program, is_tensor
+from .questions import called
+from .rewritten import rewritten
+
+_LONGEST_CHUNK = 128
+_SEEN = ("non_causal", "mixes_rows")  # on random input, at one length
+
+
+class Outright(Unsupported):
+    """A refusal that no other trace of the model can lift."""
+
+
+def refuse_outright(program: Program, capacity: int) -> None:
+    """Raise :class:`Outright` where the model is refused whatever it does at lengths that the trace leaves out.
+
+    A value sees the future at a length that the trace admits, or an operator without a rule is on the way of the data
+    to an output.
+    """
+    program, _ = rewritten(program)
+    admitted = program.lengths.at_least(capacity)
+    if admitted is None:
+        return
+    analysis, proof = propose_consistency(program), prove_prefix(program, admitted)
+    if not all(_is_consistent(analysis, o) for o in program.outputs):
+        seen = explain_inconsistency(analysis)
+        drawn = [r for r in proof.refusals if r.kind == "random"]  # looks like anything else
+        if seen.kind in _SEEN:
+            raise Outright(*(drawn or [seen, *proof.refusals]))
+        return
+    if all(proof.proved(o) or proof.newest(o) for o in program.outputs if is_tensor(o)):
+        return
+    data = {node.name for node in program.input_dependent}
+    if any(r.kind == "unknown_operator" and data.issuperset(r.nodes) for r in proof.refusals):
+        raise Outright(*proof.refusals)
+
+
+def whole_chunks(model: nn.Module, example: Tensor) -> int | None:
+    """Of how many positions a sequence must be a multiple for the model to run at all, where that is more than one.
+
+    ``example``: a sequence of any length, whose rows are repeated.
+    """
+
+    def runs(length: int) -> bool:
+        at = torch.arange(length, device=example.device) % example.shape[1]
+        return called(model, example[:, at]) is not None
+
+    chunk = next((n for n in range(1, _LONGEST_CHUNK + 1) if runs(n)), 1)
+    if chunk == 1 or not all(runs(n) for n in (2 * chunk, 3 * chunk)):
+        return None
+    return None if any(runs(n) for n in (chunk + 1, 2 * chunk - 1, 3 * chunk + 1)) else chunk
+
+
+def _is_consistent(analysis: Consistency, output: Any) -> bool:
+    return not is_tensor(output) or output in analysis.consistent or not analysis.axes[output].rows
