@@ -29,6 +29,10 @@ _COPIES = frozenset({"clone", "contiguous", "alias", "lift_fresh_copy", "lift_fr
 # Operators that show the value written, where it is as large as the place it is written to.
 _WRITES = frozenset({"slice_scatter", "copy"})
 _SLICED = {"slice": 1, "slice_scatter": 2}  # how many tensors come before the bounds
+# Operators with one meaning: which of them a trace has depends on what torch knew of the strides.
+_VIEWS = frozenset(
+    {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default}
+)
 # Operators that change nothing where they leave the shape as it is.
 _RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "expand"})
 
@@ -74,8 +78,13 @@ class _Same:
                     if not self.same_input(a, b):
                         return False
                     continue
-                if a.target != b.target:
+                if _meaning(a) != _meaning(b):
                     return False
+                if a.target in _VIEWS:
+                    if not self.same_sizes(a, b):
+                        return False
+                    todo.append((a.args[0], b.args[0]))
+                    continue
                 x, spec = pytree.tree_flatten(_arguments(a))
                 y, other_spec = pytree.tree_flatten(_arguments(b))
                 if (name := operator_name(a.target)) in _SLICED:
@@ -122,6 +131,13 @@ class _Same:
             for x, y in zip(ours, theirs, strict=True)
         )
 
+    def same_sizes(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether a value of the one graph and one of the other have one shape."""
+        ours, theirs = sizes(a), sizes(b)
+        return len(ours) == len(theirs) and all(
+            np.array_equal(self.value(0, x), self.value(1, y)) for x, y in zip(ours, theirs, strict=True)
+        )
+
     def same_slice(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether two slices, that are read or written, have the same bounds, as Python reads them."""
         bounds = []
@@ -162,6 +178,11 @@ class _Same:
             return True
         ours, theirs = self.sides[0].values[one.name], self.sides[1].values[two.name]
         return ours is theirs or (one.kind is Kind.CONSTANT and _identical(ours, theirs))
+
+
+def _meaning(node: fx.Node) -> Any:
+    """What an operator does, whatever its name."""
+    return "view" if node.target in _VIEWS else node.target
 
 
 def _arguments(node: fx.Node) -> list[Any]:
@@ -220,7 +241,7 @@ def are_alike(program: Program, other: Program, lengths: Iterable[int]) -> bool:
 
     for a, b in zip(ours, theirs, strict=True):
         sized = operator_name(a.target) in _SIZED
-        if a.target != b.target or not match((a.args, a.kwargs), (b.args, b.kwargs), sized):
+        if _meaning(a) != _meaning(b) or not match((a.args, a.kwargs), (b.args, b.kwargs), sized):
             return False
         partner[a] = b
     return match(program.outputs, other.outputs, False) and all(

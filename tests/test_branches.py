@@ -121,6 +121,21 @@ def test_bits_read_as_other_numbers():
     assert traced(Net(function), 100, own=40).lengths.fewest == 16
 
 
+@pytest.mark.parametrize("own", [12, 40])
+def test_one_view_under_three_names(own):
+    """Which of them a trace has may depend on the order of a set."""
+    view, unsafe = torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default
+
+    def function(net: Net, x: Tensor) -> Tensor:
+        (b, s, _), y = x.shape, x.cumsum(1)
+        y = view(y, [b, s, 2, -1]) if s < 16 else unsafe(y, [b, s, 2, 2])
+        return (y * 2).flip(-1).reshape(b, s, WIDTH)
+
+    lengths = traced(Net(function), 100, own=own).lengths
+    assert lengths.fewest == 1
+    assert all(lengths.admits(n) for n in range(2, 300))
+
+
 def test_another_table_of_nearly_the_same_numbers():
     def function(net: Net, x: Tensor) -> Tensor:
         return x.cumsum(1) * (net.low if x.shape[1] < 16 else net.high)
