@@ -20,7 +20,6 @@ from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min
 from .alike import are_alike, is_same
 from .errors import Refusal, Unsupported
 from .guards import HORIZON, from_whole_sizes, lengths_of
-from .outright import refuse_outright
 from .passes.prove_prefix import prove_prefix
 from .program import Program, as_expr, is_integer, is_tensor
 from .questions import UNKNOWN
@@ -44,18 +43,19 @@ def cover_lengths(
     compare: Callable[[Program, Sequence[int]], list[int]],
     near: int,
     odd: Iterable[int] = (),
+    look: Callable[[Program, int], None] | None = None,
 ) -> Program:
     """The program with the lengths at which the model does what it shows.
 
     ``trace(n, general=True)`` traces the model at length n without the guards of torch's own, see
     :func:`~.exporting.export_module`, ``trace(n, pinned=True)`` for that length alone; ``compare(program, lengths)``
     names those at which model and program differ on random input, as they are known to at ``odd``. Of what is left,
-    lengths above ``near`` end the range, and shorter ones raise the fewest positions. Raises
-    :class:`~.outright.Outright` before any trace is made where the model is refused whatever it does there.
+    lengths above ``near`` end the range, and shorter ones raise the fewest positions. Before any trace is made the
+    program is shown to ``look``, with ``near``, which may raise.
     """
     walk = _Walk(program, trace, near)
-    if not walk.known.all():
-        refuse_outright(program, near)
+    if look is not None and not walk.known.all():
+        look(program, near)
     for n in odd:
         walk.give_up(n)
     walk.run()

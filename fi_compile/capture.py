@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pathlib
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from .compare import attributes_kept, batches_agree, disagreements
 from .errors import Refusal, Unsupported
 from .exporting import export_module
 from .guards import admitted_lengths, from_whole_sizes, rows_left_out
-from .outright import Outright, whole_chunks
+from .outright import Outright, refuse_whole_chunks
 from .program import Input, Kind, Lengths, Program, is_tensor, sizes, source_of
 from .questions import TORCH, UNKNOWN, UNKNOWN_LENGTH, called, questions
 from .spelled_out import shape_env_of
@@ -46,12 +46,19 @@ _KINDS = {
 }
 
 
-def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None) -> Program:
+def trace_module(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    length: int | None = None,
+    look: Callable[[Program, int], None] | None = None,
+) -> Program:
     """Export ``model`` on a sequence like ``example`` ([B, s] ids or [B, s, D] features).
 
     ``length`` is the capacity wanted: the trace is made near it where that agrees with the model at every other
-    length, because Python control flow is recorded for the length it met. Raises :class:`Unsupported` when the
-    model cannot be traced.
+    length, because Python control flow is recorded for the length it met. A trace that leaves lengths out is shown to
+    ``look``, with the longest in question, before others are made for these: it may raise :class:`Outright`. Raises
+    :class:`Unsupported` when the model cannot be traced.
     """
     failures: list[Exception] = []
     best: Program | None = None
@@ -69,7 +76,7 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
                 program = from_where_it_runs(program)
                 odd = disagreements(program, model)
             if not odd:
-                program = _covered(program, model, near)
+                program = _covered(program, model, near, look=look)
         except Outright:
             raise
         except Exception as error:
@@ -82,7 +89,7 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
         elif second_best is None and program.lengths.admits(example.shape[1]):
             second_best = program, odd
     if best is None and second_best is not None:
-        best = _covered(second_best[0], model, max(example.shape[1], length or 0), second_best[1])
+        best = _covered(second_best[0], model, max(example.shape[1], length or 0), second_best[1], look)
     if best is not None:
         return best if length is None else _with_last_position(best, model, length)
     refusals = [error for error in failures if isinstance(error, Unsupported)]
@@ -91,8 +98,8 @@ def trace_module(model: nn.Module, example: Tensor, *, length: int | None = None
     if failures:
         error = next(e for e in failures if not isinstance(e, Unsupported))
         with attributes_kept(model):
-            chunk = whole_chunks(model, example)
-        raise Unsupported(_trace_refusal(error) if chunk is None else _chunks_only(chunk)) from error
+            chunks = refuse_whole_chunks(model, example)
+        raise Unsupported(chunks or _trace_refusal(error)) from error
     raise Unsupported(
         Refusal(
             "length_dependent",
@@ -134,7 +141,13 @@ def _before_far_holes(program: Program, near: int) -> Program:
     return replace(program, lengths=replace(program.lengths, maximum=far - 1, holes=holes))
 
 
-def _covered(program: Program, model: nn.Module, near: int, odd: Sequence[int] = ()) -> Program:
+def _covered(
+    program: Program,
+    model: nn.Module,
+    near: int,
+    odd: Sequence[int] = (),
+    look: Callable[[Program, int], None] | None = None,
+) -> Program:
     """The program with the lengths at which traces made there show what it does; it does not at the ``odd`` ones."""
     return cover_lengths(
         program,
@@ -142,6 +155,7 @@ def _covered(program: Program, model: nn.Module, near: int, odd: Sequence[int] =
         lambda found, lengths: disagreements(found, model, lengths),
         near,
         odd,
+        look,
     )
 
 
@@ -358,14 +372,6 @@ def _symbol(size: Any) -> sympy.Symbol | int:
 def _attribute(model: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
     return getattr(model.get_submodule(owner), name)
-
-
-def _chunks_only(chunk: int) -> Refusal:
-    return Refusal(
-        "lengths",
-        f"the forward runs at multiples of {chunk} positions only: there is no next position to decode",
-        hint=f"pad to whole chunks of {chunk} in the forward, and cut what is returned",
-    )
 
 
 def _trace_refusal(error: Exception) -> Refusal:

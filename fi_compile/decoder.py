@@ -17,6 +17,7 @@ from .extension import between, prepare
 from .lane import Lane
 from .mixers.convolution import FilterGrew
 from .options import Options, read_options
+from .outright import refuse_outright
 from .report import Report
 from .twin import vocabulary
 
@@ -62,7 +63,7 @@ def build_engine(model: nn.Module, example: Tensor, options: Options) -> Engine:
         raise Unsupported(*refusals)
     if options.step != "eager" and example.device.type == "cpu":
         prepare()
-    program = trace_module(model, example, length=options.max_length)
+    program = trace_module(model, example, length=options.max_length, look=refuse_outright)
     return Engine(program, options, model)
 
 

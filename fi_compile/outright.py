@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import Unsupported
+from .errors import Refusal, Unsupported
 from .passes.propose_consistency import Consistency, explain_inconsistency, propose_consistency
 from .passes.prove_prefix import prove_prefix
 from .program import Program, is_tensor
@@ -46,8 +46,8 @@ def refuse_outright(program: Program, capacity: int) -> None:
         raise Outright(*proof.refusals)
 
 
-def whole_chunks(model: nn.Module, example: Tensor) -> int | None:
-    """Of how many positions a sequence must be a multiple for the model to run at all, where that is more than one.
+def refuse_whole_chunks(model: nn.Module, example: Tensor) -> Refusal | None:
+    """The refusal of a model that runs at multiples of a number of positions only; None of one that does not.
 
     ``example``: a sequence of any length, whose rows are repeated.
     """
@@ -59,7 +59,13 @@ def whole_chunks(model: nn.Module, example: Tensor) -> int | None:
     chunk = next((n for n in range(1, _LONGEST_CHUNK + 1) if runs(n)), 1)
     if chunk == 1 or not all(runs(n) for n in (2 * chunk, 3 * chunk)):
         return None
-    return None if any(runs(n) for n in (chunk + 1, 2 * chunk - 1, 3 * chunk + 1)) else chunk
+    if any(runs(n) for n in (chunk + 1, 2 * chunk - 1, 3 * chunk + 1)):
+        return None
+    return Refusal(
+        "lengths",
+        f"the forward runs at multiples of {chunk} positions only: there is no next position to decode",
+        hint=f"pad to whole chunks of {chunk} in the forward, and cut what is returned",
+    )
 
 
 def _is_consistent(analysis: Consistency, output: Any) -> bool:

@@ -381,7 +381,7 @@ def test_no_other_length_is_traced_for_what_is_refused_anyway(function, kind, mo
     trace_like = capture._trace_like
     monkeypatch.setattr(capture, "_trace_like", lambda *a, **k: made.append(a) or trace_like(*a, **k))
     with pytest.raises(Unsupported) as refused:
-        traced(Net(padded), 60)
+        decoder(Net(padded), features(2, 12, WIDTH), max_length=60)
     assert refused.value.refusals[0].kind == kind
     assert not made
 

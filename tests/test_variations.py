@@ -34,6 +34,7 @@ FOUND = {
     "Float32Islands": "2 short_conv → window",
     "GLUs": "2 short_conv → window",
     "TokenShifts": "8 short_conv → window",
+    "RolledMask": "2 short_conv → window",
     "RelativeBias": "4 attention → kv_cache",
     "StridedMemory": "2 scan → running_sum",
     "EncoderStack": "2 attention → kv_cache",
@@ -47,7 +48,6 @@ FOUND = {
 REFUSED = {
     "PackedSlopes": "merged",  # heads merged into the batch meet an expanded mask; and -1e9 is no -inf
     "MaxPool": "static_length",  # torch.export pins the length in max_pool1d
-    "RolledMask": "misaligned",  # a cyclic sequence times a mask
 }
 # Sound to float32 only: they compute in a lower precision inside, whatever their type is.
 ROUGH = {"Float32Islands"}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fi_compile
-from fi_compile.twin import twin_values, widen_call
+from fi_compile.twin import TwinValues, widen_call
 
 from . import ZOO, Entry
 
@@ -76,7 +76,7 @@ def mixers_of(report: fi_compile.Report) -> str:
 def twin(decoder: fi_compile.Decoder, x: Tensor) -> Tensor:
     """Logits of the model in double precision throughout, also where its code says float32."""
     program = decoder.engine.program
-    values = program.evaluate(x, twin_values(program), keep=program.outputs[:1], rewrite=widen_call)
+    values = program.evaluate(x, TwinValues(program), keep=program.outputs[:1], rewrite=widen_call)
     return values[program.outputs[0]]
 
 
