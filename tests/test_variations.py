@@ -29,7 +29,7 @@ FOUND = {
     "Interpolated": "2 long_conv → tiles",
     "ComplexLRU": "2 long_conv → tiles",
     "MinGRU": "2 scan → running_logsumexp, 2 scan → running_sum",
-    "GatedLinearAttention": "6 attention → kv_cache, 2 scan → running_sum",
+    "GatedLinearAttention": "2 linear_attention → recurrence, 2 scan → running_sum",
     "Autocast": "2 scan → running_sum",
     "Float32Islands": "2 short_conv → window",
     "GLUs": "2 short_conv → window",
