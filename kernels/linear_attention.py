@@ -85,14 +85,25 @@ def attention_step(
     ``state``: [B, …state] before it; queries and keys [B, …letters]; coefficients [(1 or size) …state],
     ``decay`` in float64: a rounding of ρ would count once a position.
     """
+    made = outer(keys, how)
+    return contracted(queries, past * state + now * made, how), (decay * state + made).to(state.dtype)
+
+
+def outer(keys: Sequence[Tensor], how: Contraction) -> Tensor:
+    """What keys [B, …letters] add to the state: their products, [B, …state] with size 1 along letters of none."""
     letters = [x for x in how.state if x in set("".join(how.keys))]
-    outer = _einsum([_BATCH + x for x in how.keys], _BATCH + "".join(letters), keys)
+    made = _einsum([_BATCH + x for x in how.keys], _BATCH + "".join(letters), keys)
     for place, letter in enumerate(how.state, 1):
         if letter not in letters:
-            outer = outer.unsqueeze(place)
-    read = past * state + now * outer
-    terms = [*(_BATCH + x for x in how.queries), _BATCH + how.state]
-    return _einsum(terms, _BATCH + how.out, [*queries, read]), (decay * state + outer).to(state.dtype)
+            made = made.unsqueeze(place)
+    return made
+
+
+def contracted(queries: Sequence[Tensor], state: Tensor, how: Contraction) -> Tensor:
+    """What queries [B, …letters] read of a state: [B, …out]."""
+    return _einsum(
+        [*(_BATCH + x for x in how.queries), _BATCH + how.state], _BATCH + how.out, [*queries, state]
+    )
 
 
 def final_state(keys: Sequence[Tensor], decay: Tensor, how: Contraction) -> Tensor:

@@ -197,6 +197,68 @@ def test_no_exponential_of_one_side_alone_is_taken():
         assert gap(decoded(dec, x, prompt), Swings()(x)[:, prompt - 1 :]) < 1e-4
 
 
+class Exponents(nn.Module):
+    """exp(weights(a, b)[t, j]) between queries and keys, all of them data."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, a, b = x.unsqueeze(1).split([2, 2, 2, 1, 1], -1)
+        return (q @ k.mT * self.weights(a[..., 0], b[..., 0]).exp() @ v).squeeze(1)
+
+
+def hidden_keys(a, b):
+    return (a[..., None] + torch.where(b > 0, 0.0, -torch.inf)[..., None, :]).masked_fill(
+        lags(b, b.shape[-1]) < 0, -torch.inf
+    )
+
+
+def the_past_alone(a, b):
+    return (a[..., None] + b[..., None, :]).masked_fill(lags(b, b.shape[-1]) < 1, -torch.inf)
+
+
+def lowered(a, b):
+    return (a[..., None] + b[..., None, :] - 200).masked_fill(lags(b, b.shape[-1]) < 0, -torch.inf)
+
+
+def first_keys_hidden(x):
+    x[0, :12, 7], x[1, :, 7] = -1, -1
+
+
+def a_large_key_not_yet_seen(x):
+    x[:, 20, 7], x[:, 21:, 6] = 200, -200
+
+
+def nothing_before_position_20(x):
+    x[:, :20, 7] = -torch.inf
+
+
+def large_queries_and_keys(x):
+    x[..., 6:] += 100
+
+
+EDGES = [
+    (hidden_keys, first_keys_hidden),
+    (the_past_alone, a_large_key_not_yet_seen),
+    (the_past_alone, nothing_before_position_20),
+    (lowered, large_queries_and_keys),
+]
+
+
+@pytest.mark.parametrize(("weights", "given"), EDGES, ids=lambda f: f.__name__)
+def test_exponents_that_are_no_numbers_alone(weights, given):
+    net, x = Exponents(weights), features(2, 40, 8).float()
+    given(x)
+    dec = decoder(net, features(2, 20, 8).float(), max_length=64)
+    assert kinds(dec) == {"linear_attention"}
+    expected = net(x)
+    assert expected.isfinite().all()
+    for prompt in (1, 7, 30):
+        assert gap(decoded(dec, x, prompt), expected[:, prompt - 1 :]) < 1e-5
+
+
 def test_state_is_moved_like_any_other():
     net = model(exponential_input_gate)
     dec = decoder(net, features(2, 20, WIDTH), max_length=64)

@@ -3,9 +3,10 @@
 No exponential of a or b alone is taken: running sums of gates leave the range of any number. With
 `m[t] = max(m[t-1], b[t])` the state is `S[t] = exp(m[t-1] - m[t])·S[t-1] + exp(b[t] - m[t])·k[t] ⊗ …`, both factors at
 most 1, and the result `exp(a[t] + m[t])·⟨q[t], S[t]⟩`. Where `a = -b` only grows less this is the recurrence
-`S[t] = exp(a[t] - a[t-1])·S[t-1] + k[t] ⊗ …`. Source of the scaling: Beck et al., xLSTM (arXiv 2405.04517), its
-stabilised states; of the recurrences: Yang et al., Gated Linear Attention (arXiv 2312.06635), and
-Dao and Gu, Mamba-2 (arXiv 2405.21060).
+`S[t] = exp(a[t] - a[t-1])·S[t-1] + k[t] ⊗ …`. What is read has a scale of its own, in which a product counts what it
+does now and later: a key not yet seen may be larger than any number. Source of the scaling: Beck et al., xLSTM
+(arXiv 2405.04517), its stabilised states; of the recurrences: Yang et al., Gated Linear Attention (arXiv 2312.06635),
+and Dao and Gu, Mamba-2 (arXiv 2405.21060).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fi_compile.kernels.linear_attention import Contraction, attention_step, final_state
+from fi_compile.kernels.linear_attention import Contraction, contracted, final_state, outer
 
 from .groups import Operand
 from .linear_attention import Decay, LinearAttention
@@ -31,7 +32,7 @@ class FadingSums:
 
     mixer: LinearAttention
 
-    needs = ("now", "past")
+    needs = ("now", "past", "log_now", "log_past")
     reads = 1
     rows = _ROWS
 
@@ -59,8 +60,14 @@ class FadingSums:
         return replace(self.mixer.how, queries=(*plain[0], grows), keys=(*plain[1], _letters(self.keys)))
 
     def weights(self, found: Decay, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a product counts now and later, beside the exponentials: [(1 or size) …state]."""
-        return {"now": found.now.to(dtype).contiguous(), "past": found.past.to(dtype).contiguous()}
+        """What a product counts now and later, beside the exponentials: [(1 or size) …state], exponents apart."""
+        others = [i for i, x in enumerate(self.mixer.how.state) if x not in self.scale]
+        weights = {}
+        for name, counts in (("now", found.now), ("past", found.past)):
+            most = counts.abs().amax(others, keepdim=True) if others else counts.abs()
+            weights[name] = torch.where(most == 0, 0.0, counts / most).to(dtype).contiguous()
+            weights["log_" + name] = most.squeeze(others).log().contiguous()
+        return weights
 
     def ring(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """States of no positions: [R, B, states + scales]; what they hold is never read."""
@@ -74,19 +81,18 @@ class FadingSums:
         a, b = self.exponent(self.queries, queries), self.exponent(self.keys, keys)
         state, last = self.unpacked(ring.index_select(0, (position - 1) % size)[0], position == 0)
         scale = torch.maximum(last, self.largest(b).to(last.dtype))
-        state = state * self.spread((last - scale).exp(), self.scale, how.state)
+        before = _times(last.double(), weights["log_past"])
+        now = _times(b, self.spread(weights["log_now"].unsqueeze(0), self.scale, _letters(self.keys)))
+        shown = torch.maximum(before, self.largest(now))
+        plain = self.plain(self.keys, keys)
+        read = weights["past"] * self.faded(state, before, shown) + weights["now"] * outer(
+            [*plain, self.weight(now, shown, ring.dtype)], how
+        )
         grown = self.spread(a, _letters(self.queries), how.queries[-1]) + self.spread(
-            scale.double(), self.scale, how.queries[-1]
+            shown, self.scale, how.queries[-1]
         )
-        out, new = attention_step(
-            state,
-            [*self.plain(self.queries, queries), grown.exp().to(ring.dtype)],
-            [*self.plain(self.keys, keys), self.weight(b, scale)],
-            weights["now"],
-            weights["past"],
-            scale.new_ones(()),
-            how,
-        )
+        out = contracted([*self.plain(self.queries, queries), grown.exp().to(ring.dtype)], read, how)
+        new = self.faded(state, last, scale) + outer([*plain, self.weight(b, scale, ring.dtype)], how)
         ring.index_copy_(0, position % size, self.packed(new, scale).unsqueeze(0))
         return out.reshape(x.shape[0], -1)
 
@@ -99,7 +105,7 @@ class FadingSums:
             _, keys = self.mixer.split(x[..., :first].to(ring.dtype))
             b = self.exponent(self.keys, keys)
             scale = self.largest(b).amax(-1).to(ring.dtype)
-            faded = [*self.plain(self.keys, keys), self.weight(b, scale.unsqueeze(-1))]
+            faded = [*self.plain(self.keys, keys), self.weight(b, scale.unsqueeze(-1), ring.dtype)]
             moving = "".join(x for x in self.how.state if x in self.how.coefficients)
             state = final_state(faded, scale.new_ones(self.how.shape(moving)), self.how)
             ring[(first - 1) % size] = self.packed(state, scale)
@@ -131,9 +137,13 @@ class FadingSums:
         b = b.amax(others) if others else b
         return self.spread(b, "".join(x for x in letters if x in self.scale), self.scale)
 
-    def weight(self, b: Tensor, scale: Tensor) -> Tensor:
+    def weight(self, b: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """What keys are multiplied by, for states of this scale."""
-        return (b - self.spread(scale, self.scale, _letters(self.keys))).exp().to(scale.dtype)
+        return _share(b, self.spread(scale, self.scale, _letters(self.keys))).to(dtype)
+
+    def faded(self, state: Tensor, scale: Tensor, into: Tensor) -> Tensor:
+        """A state of one scale in another, no smaller one."""
+        return state * self.spread(_share(scale, into), self.scale, self.mixer.how.state).to(state.dtype)
 
     def spread(self, value: Tensor, letters: str, into: str) -> Tensor:
         """[B, …letters(, n)] as [B, …into(, n)], of size 1 along the letters it lacks."""
@@ -159,3 +169,13 @@ class FadingSums:
 def _letters(operands: Sequence[Operand]) -> str:
     """The letters of the exponents among some operands."""
     return "".join(dict.fromkeys("".join(o.letters for o in operands if o.sign)))
+
+
+def _times(exponent: Tensor, log: Tensor) -> Tensor:
+    """The exponent of a product, of nothing where the other factor is 0."""
+    return torch.where(log.isinf(), -torch.inf, exponent + log)
+
+
+def _share(exponent: Tensor, scale: Tensor) -> Tensor:
+    """``exp(exponent - scale)``: nothing where all that the scale is the largest of is nothing."""
+    return torch.where(scale.isinf(), 0.0, (exponent - scale).exp())
