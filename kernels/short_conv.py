@@ -38,14 +38,18 @@ def short_conv_step(
     source: Tensor | None = None,
     fan_in: int = 1,
     lags: Tensor | None = None,
+    picks: bool = False,
 ) -> Tensor:
-    """The output [B, Cout]; writes x into the ring."""
+    """The output [B, Cout]; writes x into the ring. picks: zero times what is infinite, or no number, is zero."""
     size = ring.shape[0]
     if lags is None:
         lags = torch.arange(1, kernel.shape[0], device=ring.device)
     past, now = ring.index_select(0, (position - lags) % size), x
     if source is not None:
         past, now = past.index_select(2, source), x.index_select(1, source)
+    if picks:
+        past = torch.where(kernel[1:].unsqueeze(1) == 0, 0, past)
+        now = torch.where(kernel[0] == 0, 0, now)
     pairs = (past * kernel[1:].unsqueeze(1)).sum(0) + now * kernel[0]
     ring.index_copy_(0, position % size, x.unsqueeze(0))
     return pairs if fan_in == 1 else pairs.unflatten(1, (-1, fan_in)).sum(-1)

@@ -12,6 +12,7 @@ from decoding import decoder, ids, language_model
 from fi_compile import costs, rates
 from fi_compile.costs import BUILTIN, BUILTIN_NATIVE, choose_tiling
 from fi_compile.extension import lanes
+from fi_compile.mixers.lane_tiles import LaneTiles
 from fi_compile.mixers.stack import ConvState, FilterBank
 from fi_compile.schedule import Schedule
 
@@ -224,6 +225,14 @@ def test_the_report_says_what_was_chosen_and_predicted():
     assert f"chosen: {tiling}" in str(report)
     assert "bytes: " in str(report)
     assert f"{report.bytes_of_mixing['state']:,} state" in str(report)
+
+
+@pytest.mark.skipif(lanes() is None, reason="needs a compiler")
+def test_a_tile_is_measured_as_it_is_run(monkeypatch):
+    """All threads share it; of its pieces the largest tiles' are too narrow for more than one."""
+    monkeypatch.setattr(LaneTiles, "begin", None)
+    monkeypatch.setattr(rates, "_SECONDS", 0.0)
+    assert 0 < rates._time_tile(LaneTiles, torch.randn(3, 1 << 14), 64, 3) < 1e-5
 
 
 def test_no_copy_in_double_precision_outlives_the_analysis():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fi_compile
-from decoding import decoded, decoder, features, gap
+from decoding import Net, decoded, decoder, features, gap
 
 WIDTH = 3
 
@@ -126,3 +126,19 @@ def test_the_first_row_kept():
     sequence = features(2, 60, WIDTH)
     dec = decoder(net, features(2, 20, WIDTH), max_length=64)
     assert gap(decoded(dec, sequence, 1), net(sequence)) < 1e-12
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("far", [-torch.inf, torch.inf, torch.nan])
+def test_a_shift_multiplies_nothing(n: int, far: float):
+    """As a filter it is zero at lag 0, and zero times what is infinite is no number."""
+
+    def function(net: Net | None, x: Tensor) -> Tensor:
+        return F.pad(x.mul(2), (0, 0, n, 0))[:, :-n]
+
+    x = features(2, 30, WIDTH)
+    dec = decoder(Net(function), x[:, :6], max_length=40)
+    x[:, 8, 1] = far
+    dec.prefill(x[:, :6])
+    rows = torch.stack([dec.step(x[:, t]) for t in range(6, 30)], 1)
+    assert torch.equal(rows.isfinite(), function(None, x)[:, 6:].isfinite())

@@ -71,7 +71,11 @@ class Increment(Protocol):
 
 INCREMENTS: dict[str, Callable[[Convolution], Increment]] = {
     "window": lambda mixer: ShortConv(
-        mixer.layout_in.count, len(mixer.at or range(mixer.support)), mixer.fan_in, at=mixer.at
+        mixer.layout_in.count,
+        len(mixer.at or range(mixer.support)),
+        mixer.fan_in,
+        at=mixer.at,
+        moves=not mixer.depends_on,
     ),
     "running_sum": lambda mixer: Scan(mixer.layout_in.count, mixer.fan_in),
     "recurrence": lambda mixer: Recurrence(len(mixer.source), mixer.fan_in),

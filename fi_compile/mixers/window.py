@@ -34,7 +34,8 @@ class ShortConv:
     """Increment of filters of ``taps`` lags, ``fan_in`` for an output channel: the inputs of the newest positions.
 
     ``kernels``: what runs a step, ``torch`` or ``triton``. ``at``: the lags that count, 0 among them, where the others
-    are zero: these alone are read.
+    are zero: these alone are read. ``moves``: no weight makes the filters, as of a shift: what a zero leaves out does
+    not count then, infinite or not.
     """
 
     channels_in: int
@@ -42,6 +43,7 @@ class ShortConv:
     fan_in: int = 1
     kernels: str = "torch"
     at: tuple[int, ...] | None = None
+    moves: bool = False
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -82,8 +84,8 @@ class ShortConv:
         kernel, source, lags = weights["kernel"], weights.get("source"), weights.get("lags")
         size, x = ring.shape[0], x.to(ring.dtype)
         if not is_dense(self.fan_in, self.channels_in):
-            if lags is not None:
-                return short_conv_step(ring, position, x, kernel, source, self.fan_in, lags)
+            if self.moves or lags is not None:
+                return short_conv_step(ring, position, x, kernel, source, self.fan_in, lags, self.moves)
             return _short_conv_steps(self.kernels)(ring, position, x, kernel, source, self.fan_in)
         if lags is None:
             lags = torch.arange(1, self.taps, device=ring.device)
