@@ -178,4 +178,4 @@ def _times(exponent: Tensor, log: Tensor) -> Tensor:
 
 def _share(exponent: Tensor, scale: Tensor) -> Tensor:
     """``exp(exponent - scale)``: nothing where all that the scale is the largest of is nothing."""
-    return torch.where(scale.isinf(), 0.0, (exponent - scale).exp())
+    return torch.where(scale == -torch.inf, 0.0, (exponent - scale).exp())
