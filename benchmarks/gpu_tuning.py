@@ -113,9 +113,7 @@ def tune_all(
     where = tuning.save(measured, path)
     entries = [
         {
-            **dict(
-                zip(("architecture", "precision", "channels", "batch", "side", "blocks"), key, strict=True)
-            ),
+            **dict(zip((*tuning.NAMES, *tuning.SIZES), key, strict=True)),
             "seconds": dict(seconds),
         }
         for key, seconds in measured.items()

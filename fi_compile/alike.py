@@ -123,19 +123,15 @@ class _Same:
         return node
 
     def same_shape(self, side: int, a: fx.Node, b: fx.Node) -> bool:
-        ours, theirs = sizes(a), sizes(b)
-        if a.meta["val"].dtype != b.meta["val"].dtype:  # a view may read bits as numbers of another kind
-            return False
-        return len(ours) == len(theirs) and all(
-            np.array_equal(self.value(side, x), self.value(side, y))
-            for x, y in zip(ours, theirs, strict=True)
-        )
+        # A view may read bits as numbers of another kind.
+        return a.meta["val"].dtype == b.meta["val"].dtype and self.same_sizes(a, b, (side, side))
 
-    def same_sizes(self, a: fx.Node, b: fx.Node) -> bool:
-        """Whether a value of the one graph and one of the other have one shape."""
+    def same_sizes(self, a: fx.Node, b: fx.Node, sides: tuple[int, int] = (0, 1)) -> bool:
+        """Whether two values, one of either graph if nothing else is said, have one shape."""
         ours, theirs = sizes(a), sizes(b)
         return len(ours) == len(theirs) and all(
-            np.array_equal(self.value(0, x), self.value(1, y)) for x, y in zip(ours, theirs, strict=True)
+            np.array_equal(self.value(sides[0], x), self.value(sides[1], y))
+            for x, y in zip(ours, theirs, strict=True)
         )
 
     def same_slice(self, a: fx.Node, b: fx.Node) -> bool:

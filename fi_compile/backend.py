@@ -57,21 +57,19 @@ def flashinf(
     :class:`FlashinfWarning` that says why. Misuse (an unknown option) raises :class:`InputError` when the
     compiled model is called.
     """
+    learns = torch.is_grad_enabled() and any(
+        isinstance(v, Tensor) and v.requires_grad for v in example_inputs
+    )
     try:
         chosen = read_options(options)
         if mode not in _MODES:
             raise InputError(f"mode={mode!r}: expected one of {', '.join(str(m) for m in _MODES[1:])}")
+        if learns:
+            _check_precision(chosen, example_inputs)
     except InputError as error:
         return _raiser(error)
     roles = _roles(gm, example_inputs)
-    if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in example_inputs):
-        if chosen.precision != "float32":
-            try:
-                for v in example_inputs:
-                    if isinstance(v, nn.Parameter):
-                        check_precision(chosen.precision, choose_kernels(chosen.kernels, v.device), v.dtype)
-            except InputError as error:
-                return _raiser(error)
+    if learns:
         training.use_long_conv(gm, chosen.precision)
         return _Training(lookup_backend(chosen.fallback)(gm, list(example_inputs)), roles)
     plain = _Plain(gm, chosen, mode, dynamic=isinstance(roles, (Roles, Refusal)))
@@ -80,6 +78,15 @@ def flashinf(
     if isinstance(roles, Static):
         return _static(roles, plain)
     return _Artifact(gm, roles, chosen, plain) if isinstance(roles, Roles) else plain
+
+
+def _check_precision(options: Options, inputs: Sequence[Any]) -> None:
+    if options.precision != "float32":  # else the kernels that are asked for do not matter in training
+        for weight in inputs:
+            if isinstance(weight, nn.Parameter):
+                check_precision(
+                    options.precision, choose_kernels(options.kernels, weight.device), weight.dtype
+                )
 
 
 def _raiser(error: InputError) -> Callable[..., Any]:

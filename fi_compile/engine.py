@@ -186,11 +186,8 @@ class Engine:
         for node in self.program.outputs:
             if not is_tensor(node):
                 continue
-            rows = self.analysis.axes[node].rows
-            consistent = node in self.analysis.consistent or not rows
-            if not consistent:
-                drawn = [r for r in self.proof.refusals if r.kind == "random"]  # looks like anything else
-                raise Unsupported(*(drawn or [explain_inconsistency(self.analysis), *self.proof.refusals]))
+            if not self.analysis.agrees_on(node):
+                raise Unsupported(*self.proof.beside(explain_inconsistency(self.analysis)))
             if self._is_certified(node):
                 continue
             unproved = Refusal(

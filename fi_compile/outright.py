@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from .errors import Refusal, Unsupported
-from .passes.propose_consistency import Consistency, explain_inconsistency, propose_consistency
+from .passes.propose_consistency import explain_inconsistency, propose_consistency
 from .passes.prove_prefix import prove_prefix
 from .program import Program, is_tensor
 from .questions import called
@@ -33,11 +31,10 @@ def refuse_outright(program: Program, capacity: int) -> None:
     if admitted is None:
         return
     analysis, proof = propose_consistency(program), prove_prefix(program, admitted)
-    if not all(_is_consistent(analysis, o) for o in program.outputs):
+    if not analysis.outputs_agree:
         seen = explain_inconsistency(analysis)
-        drawn = [r for r in proof.refusals if r.kind == "random"]  # looks like anything else
         if seen.kind in _SEEN:
-            raise Outright(*(drawn or [seen, *proof.refusals]))
+            raise Outright(*proof.beside(seen))
         return
     if all(proof.proved(o) or proof.newest(o) for o in program.outputs if is_tensor(o)):
         return
@@ -66,7 +63,3 @@ def refuse_whole_chunks(model: nn.Module, example: Tensor) -> Refusal | None:
         f"the forward runs at multiples of {chunk} positions only: there is no next position to decode",
         hint=f"pad to whole chunks of {chunk} in the forward, and cut what is returned",
     )
-
-
-def _is_consistent(analysis: Consistency, output: Any) -> bool:
-    return not is_tensor(output) or output in analysis.consistent or not analysis.axes[output].rows

@@ -122,6 +122,11 @@ class Proof:
                 seen.add(source)
         return True
 
+    def beside(self, seen: Refusal) -> list[Refusal]:
+        """What is said of an inconsistency that was seen: the draws, which look like any, or it and what is denied."""
+        drawn = [r for r in self.refusals if r.kind == "random"]
+        return drawn or [seen, *self.refusals]
+
     def why(self, node: fx.Node) -> str | None:
         """Why a node has no certificate: the refusal of its own rule, or ``None``."""
         denied = self.denied.get(node)

@@ -25,8 +25,8 @@ FORMAT = 3
 # tile, blocks of inputs that it meets: one, or two where spectra are kept, of which the newest block's are made by the
 # tile itself.
 Key = tuple[str, str, int, int, int, int]
-_NAMES = ("architecture", "precision")
-_SIZES = ("channels", "batch", "side", "blocks")
+NAMES = ("architecture", "precision")
+SIZES = ("channels", "batch", "side", "blocks")
 
 
 def cache_path() -> Path:
@@ -88,7 +88,7 @@ def save(tiles: Mapping[Key, Mapping[str, float]], path: Path | None = None) -> 
     except ValueError:
         known = {}
     entries = [
-        dict(zip((*_NAMES, *_SIZES), key, strict=True), seconds=dict(seconds))
+        dict(zip((*NAMES, *SIZES), key, strict=True), seconds=dict(seconds))
         for key, seconds in sorted({**known, **tiles}.items())
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,8 +104,8 @@ def _versions() -> dict[str, str]:
 
 
 def _entry(entry: Any) -> tuple[Key, dict[str, float]]:
-    names = tuple(entry[x] for x in _NAMES)
-    sizes = tuple(entry[x] for x in _SIZES)
+    names = tuple(entry[x] for x in NAMES)
+    sizes = tuple(entry[x] for x in SIZES)
     seconds = {str(form): float(s) for form, s in entry["seconds"].items()}
     if not all(isinstance(name, str) for name in names) or not all(
         isinstance(n, int) and n > 0 for n in sizes

@@ -61,6 +61,15 @@ class Consistency:
         """The longest sampled length."""
         return max(self.lengths)
 
+    def agrees_on(self, node: fx.Node) -> bool:
+        """Whether a value is consistent, or has no sequence axis to be so on."""
+        return node in self.consistent or not self.axes[node].rows
+
+    @property
+    def outputs_agree(self) -> bool:
+        """The same of all outputs."""
+        return all(self.agrees_on(o) for o in self.program.outputs if is_tensor(o))
+
     def forget(self) -> None:
         """Let go of values in double precision; they are made again where they are asked for."""
         self.values.made.clear()
@@ -105,15 +114,11 @@ def propose_consistency(program: Program, *, seed: int = 0) -> Consistency:
     Requires: a program. Ensures: nothing is edited. Raises :class:`Unsupported` if the twin does not run.
     """
     found = _interpreted(program, seed, 0.3)
-    if _outputs_agree(found):
+    if found.outputs_agree:
         return found
     # Weights moved that far may make the twin itself ill-conditioned (poles beyond 1); a flaw shows at less.
     closer = _interpreted(program, seed, 0.02)
-    return closer if _outputs_agree(closer) else found
-
-
-def _outputs_agree(found: Consistency) -> bool:
-    return all(o in found.consistent or not found.axes[o].rows for o in found.program.outputs if is_tensor(o))
+    return closer if closer.outputs_agree else found
 
 
 def _interpreted(program: Program, seed: int, share: float) -> Consistency:

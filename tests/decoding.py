@@ -109,6 +109,27 @@ def forks_and_beams(net: nn.Module, dec: fi_compile.Decoder, width: int) -> None
     assert gap(dec.step(picked[:, 40]), net(picked)[:, 40]) < 1e-12
 
 
+def kinds(dec: fi_compile.Decoder) -> set[str]:
+    return {mixer.kind for mixer in dec.report.mixers}
+
+
+def follows_prompts(net: nn.Module, dec: fi_compile.Decoder, width: int, bound: float) -> None:
+    """Prompts of several lengths and all steps after them."""
+    sequence = features(2, 150, width)
+    expected = net(sequence)
+    for prompt in (1, 7, 100):
+        assert gap(decoded(dec, sequence, prompt), expected[:, prompt - 1 :]) < bound
+
+
+def keeps_keys_and_values(net: nn.Module, width: int) -> None:
+    """No linear attention is found, and what is decoded is exact."""
+    dec = decoder(net, features(2, 20, width), max_length=160)
+    assert "linear_attention" not in kinds(dec)
+    assert dec.engine.plan.histories
+    sequence = features(2, 150, width)
+    assert gap(decoded(dec, sequence, 7), net(sequence)[:, 6:]) < 1e-12
+
+
 class Net(nn.Module):
     """``function(self, x)`` with buffers."""
 

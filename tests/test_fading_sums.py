@@ -5,9 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fi_compile
 from corpus.attention import Attention, lags
-from decoding import decoded, decoder, features, forks_and_beams, gap, goes_back, module, rounding
+from decoding import (
+    decoded,
+    decoder,
+    features,
+    follows_prompts,
+    forks_and_beams,
+    gap,
+    goes_back,
+    keeps_keys_and_values,
+    kinds,
+    module,
+    rounding,
+)
 
 WIDTH = 8
 
@@ -138,30 +149,18 @@ def model(attend, dtype: torch.dtype = torch.float64) -> nn.Module:
     return module(lambda width, l_max: Attention(width, l_max, attend), WIDTH, 0).to(dtype)
 
 
-def kinds(dec: fi_compile.Decoder) -> set[str]:
-    return {mixer.kind for mixer in dec.report.mixers}
-
-
 @pytest.mark.parametrize("attend", RECURRENT, ids=lambda f: f.__name__)
 def test_it_runs_as_a_recurrence(attend):
     net = model(attend)
     dec = decoder(net, features(2, 20, WIDTH), max_length=160)
     assert kinds(dec) == {"linear_attention", "scan"}
     assert not dec.engine.plan.histories
-    sequence = features(2, 150, WIDTH)
-    expected = net(sequence)
-    for prompt in (1, 7, 100):
-        assert gap(decoded(dec, sequence, prompt), expected[:, prompt - 1 :]) < 1e-11
+    follows_prompts(net, dec, WIDTH, 1e-11)
 
 
 @pytest.mark.parametrize("attend", CACHED, ids=lambda f: f.__name__)
 def test_anything_else_keeps_keys_and_values(attend):
-    net = model(attend)
-    dec = decoder(net, features(2, 20, WIDTH), max_length=160)
-    assert "linear_attention" not in kinds(dec)
-    assert dec.engine.plan.histories
-    sequence = features(2, 150, WIDTH)
-    assert gap(decoded(dec, sequence, 7), net(sequence)[:, 6:]) < 1e-12
+    keeps_keys_and_values(model(attend), WIDTH)
 
 
 def steep(q, k, v):

@@ -8,10 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fi_compile
 from corpus import scale_weights
 from corpus.attention import Attention, lags, linear_quadratic, retention
-from decoding import decoded, decoder, features, forks_and_beams, gap, goes_back, lanes, module, rounding
+from decoding import (
+    decoded,
+    decoder,
+    features,
+    follows_prompts,
+    forks_and_beams,
+    gap,
+    goes_back,
+    keeps_keys_and_values,
+    kinds,
+    lanes,
+    module,
+    rounding,
+)
 from fi_compile.kernels.linear_attention import (
     Contraction,
     attention_reference,
@@ -283,10 +295,6 @@ def model(
     return module(lambda width, l_max: Attention(width, l_max, attend), WIDTH, 0).to(dtype)
 
 
-def kinds(dec: fi_compile.Decoder) -> set[str]:
-    return {mixer.kind for mixer in dec.report.mixers}
-
-
 @pytest.mark.parametrize("attend", RECURRENT, ids=lambda f: f.__name__)
 def test_it_runs_as_a_recurrence(attend):
     net = model(attend)
@@ -294,20 +302,12 @@ def test_it_runs_as_a_recurrence(attend):
     assert kinds(dec) == {"linear_attention"}
     assert {mixer.lowering for mixer in dec.report.mixers} == {"recurrence"}
     assert not dec.engine.plan.histories
-    sequence = features(2, 150, WIDTH)
-    expected = net(sequence)
-    for prompt in (1, 7, 100):
-        assert gap(decoded(dec, sequence, prompt), expected[:, prompt - 1 :]) < 1e-12
+    follows_prompts(net, dec, WIDTH, 1e-12)
 
 
 @pytest.mark.parametrize("attend", CACHED, ids=lambda f: f.__name__)
 def test_anything_else_keeps_keys_and_values(attend):
-    net = model(attend)
-    dec = decoder(net, features(2, 20, WIDTH), max_length=160)
-    assert "linear_attention" not in kinds(dec)
-    assert dec.engine.plan.histories
-    sequence = features(2, 150, WIDTH)
-    assert gap(decoded(dec, sequence, 7), net(sequence)[:, 6:]) < 1e-12
+    keeps_keys_and_values(model(attend), WIDTH)
 
 
 @pytest.mark.parametrize("attend", [linear_quadratic, slow_decay], ids=lambda f: f.__name__)

@@ -26,7 +26,6 @@ def exponent_sign(group: Group, node: fx.Node, proof: Proof) -> int:
     exponent.
     """
     before, after = {node}, set[fx.Node]()
-    path: list[fx.Node] = []
     root: fx.Node | None = None
     for n in group.nodes:
         early, late = before.intersection(n.all_input_nodes), after.intersection(n.all_input_nodes)
@@ -43,7 +42,6 @@ def exponent_sign(group: Group, node: fx.Node, proof: Proof) -> int:
             if not proof.affine_in(n, early) or not proof.row_local(n):
                 return 0
             before.add(n)
-            path.append(n)
     if root is None or group.unit.exit not in after:
         return 0
     return _step(group, node, root, proof)

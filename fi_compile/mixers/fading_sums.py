@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from fi_compile.kernels.linear_attention import Contraction, contracted, final_s
 
 from .groups import Operand
 from .linear_attention import Decay, LinearAttention
-
-_ROWS = 8
+from .outer_sums import ROWS, fill_states
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class FadingSums:
 
     needs = ("now", "past", "log_now", "log_past")
     reads = 1
-    rows = _ROWS
+    rows = ROWS
 
     @cached_property
     def queries(self) -> tuple[Operand, ...]:
@@ -98,19 +97,16 @@ class FadingSums:
 
     def fill(self, ring: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Take over the states after x [B, C, P]: the first as one product, the newest step by step."""
-        size, length = ring.shape[0], x.shape[-1]
-        ring.zero_()
-        first = max(0, length - size + 1)
-        if first:
-            _, keys = self.mixer.split(x[..., :first].to(ring.dtype))
+
+        def after(first: Tensor) -> Tensor:
+            _, keys = self.mixer.split(first)
             b = self.exponent(self.keys, keys)
             scale = self.largest(b).amax(-1).to(ring.dtype)
             faded = [*self.plain(self.keys, keys), self.weight(b, scale.unsqueeze(-1), ring.dtype)]
             moving = "".join(x for x in self.how.state if x in self.how.coefficients)
-            state = final_state(faded, scale.new_ones(self.how.shape(moving)), self.how)
-            ring[(first - 1) % size] = self.packed(state, scale)
-        for t in range(first, length):
-            self.step(ring, torch.tensor([t], device=ring.device), x[:, :, t], weights)
+            return self.packed(final_state(faded, scale.new_ones(self.how.shape(moving)), self.how), scale)
+
+        fill_states(ring, x, after, partial(self.step, weights=weights))
 
     def cost(self, weights: Mapping[str, Tensor]) -> str:
         """Work of one step."""

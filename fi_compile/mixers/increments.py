@@ -83,7 +83,7 @@ INCREMENTS: dict[str, Callable[[Convolution], Increment]] = {
 
 
 def _sums(mixer: LinearAttention) -> Increment:
-    return FadingSums(mixer) if any(mixer.exponents) else OuterSums(mixer)
+    return FadingSums(mixer) if mixer.fades else OuterSums(mixer)
 
 
 _OF_CLASS: dict[type, Callable[[Any], Increment]] = {

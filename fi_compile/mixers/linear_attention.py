@@ -73,9 +73,9 @@ class LinearAttention:
         return tuple(o.node for o in self.operands)
 
     @property
-    def exponents(self) -> tuple[bool, ...]:
-        """Which operands enter as exponents."""
-        return tuple(o.sign != 0 for o in self.operands)
+    def fades(self) -> bool:
+        """Whether operands enter as exponents: these alone make weights fade, or the recurrence does not hold."""
+        return any(o.sign for o in self.operands)
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ class LinearAttention:
             parts.append(lag.permute(order).reshape([self.how.sizes[x] if x in kept else 1 for x in state]))
         now, past, second = parts
         decay = torch.where(past == 0, 0.0, second / torch.where(past == 0, 1.0, past))
-        if any(self.exponents):  # these alone make weights fade, or the recurrence does not hold
+        if self.fades:
             decay = torch.ones_like(decay)
         found = Decay(now, past, decay)
         if not all(bool(torch.isfinite(part).all()) for part in (now, past, decay)):

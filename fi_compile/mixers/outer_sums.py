@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,23 @@ from fi_compile.kernels.linear_attention import attention_step, final_state
 
 from .linear_attention import Decay, LinearAttention
 
-_ROWS = 8
+ROWS = 8  # going back by fewer positions is free
+
+
+def fill_states(
+    ring: Tensor,
+    x: Tensor,
+    after: Callable[[Tensor], Tensor],
+    step: Callable[[Tensor, Tensor, Tensor], object],
+) -> None:
+    """Take over the states after x [B, C, P]: the first of those that are kept is ``after(x so far)``, then steps."""
+    size, length = ring.shape[0], x.shape[-1]
+    ring.zero_()
+    first = max(0, length - size + 1)
+    if first:
+        ring[(first - 1) % size] = after(x[..., :first].to(ring.dtype))
+    for t in range(first, length):
+        step(ring, torch.tensor([t], device=ring.device), x[:, :, t])
 
 
 @dataclass(frozen=True)
@@ -27,7 +44,7 @@ class OuterSums:
 
     needs = ("now", "past", "decay")
     reads = 1
-    rows = _ROWS
+    rows = ROWS
 
     def weights(self, found: Decay, source: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
         """What a product counts now, one position later and, in float64, from one to the next: [(1 or size) …]."""
@@ -58,14 +75,12 @@ class OuterSums:
 
     def fill(self, ring: Tensor, x: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Take over the states after x [B, C, P]: the first as one product, the newest step by step."""
-        size, length = ring.shape[0], x.shape[-1]
-        ring.zero_()
-        first = max(0, length - size + 1)
-        if first:
-            _, keys = self.mixer.split(x[..., :first].to(ring.dtype))
-            ring[(first - 1) % size] = final_state(keys, weights["decay"], self.mixer.how)
-        for t in range(first, length):
-            self.step(ring, torch.tensor([t], device=ring.device), x[:, :, t], weights)
+
+        def after(first: Tensor) -> Tensor:
+            _, keys = self.mixer.split(first)
+            return final_state(keys, weights["decay"], self.mixer.how)
+
+        fill_states(ring, x, after, partial(self.step, weights=weights))
 
     def cost(self, weights: Mapping[str, Tensor]) -> str:
         """Work of one step."""
